@@ -1,0 +1,48 @@
+//! Read 2: values with their freshness. One login per identity, one read per [`Key`], whoever asks and how often.
+//!
+//! The rules live in a machine without I/O, [`machine::Machine`]: `(state, event, now, rng) → (state, actions)`.
+//! [`driver::Cache`] feeds it from tokio and does what it says; a simulation may do the same with invented time.
+//!
+//! ```text
+//!            first answer            max_age passes, or a refresh fails
+//!   Empty ─────────────────▶ Fresh ─────────────────────────────────────▶ Stale
+//!                              ▲                                            │  │
+//!                              └──────────── refresh answered ──────────────┘  │ stale_grace passes
+//!                              ▲                                               ▼
+//!                              └──────────── refresh answered ─────────────── Gone   (wiped; reads get EIO)
+//! ```
+//! The store moves a value to the right by its silence and to the left by its answers; nobody else does. A value that no
+//! volume holds any more is wiped at once.
+
+/// The tokio user of the machine.
+pub mod driver;
+/// One value's states.
+pub mod entry;
+/// One identity's login: none, asked, held, renewing.
+pub mod identity;
+/// The sans-IO machine.
+pub mod machine;
+/// When what is due: jitter, refresh ahead of expiry, back-off.
+pub mod schedule;
+/// What readers see of an entry, without asking the machine.
+pub mod slot;
+
+pub use driver::{Cache, Registration, Subscriber};
+pub use slot::{Slot, State, Value};
+
+/// Bounds of the cache; what goes beyond is refused with the limit's name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes of all cached answers. Default 64 MiB.
+    pub bytes: usize,
+    /// Number of cached answers. Default 10,000.
+    pub entries: usize,
+    /// Requests in flight to stores. Default 32.
+    pub in_flight: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { bytes: 64 << 20, entries: 10_000, in_flight: 32 }
+    }
+}

@@ -1,0 +1,141 @@
+//! The counters of the agent, in one table. A counter that is not here does not exist; docs/metrics.md lists the same rows,
+//! and a test compares the two.
+
+use std::fmt::Write as _;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// What a number means to a scraper.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Only grows.
+    Counter,
+    /// Goes up and down.
+    Gauge,
+}
+
+/// One number of the table.
+pub struct Metric {
+    /// Full name, with its unit.
+    pub name: &'static str,
+    /// Counter or gauge.
+    pub kind: Kind,
+    /// One line for people.
+    pub help: &'static str,
+    value: AtomicU64,
+}
+
+impl Metric {
+    /// Adds `n`.
+    pub fn add(&self, n: u64) {
+        self.value.fetch_add(n, Ordering::Relaxed);
+    }
+
+    /// Adds one.
+    pub fn increment(&self) {
+        self.add(1);
+    }
+
+    /// Sets a gauge.
+    pub fn set(&self, n: u64) {
+        self.value.store(n, Ordering::Relaxed);
+    }
+
+    /// The present number.
+    #[must_use]
+    pub fn value(&self) -> u64 {
+        self.value.load(Ordering::Relaxed)
+    }
+}
+
+macro_rules! table {
+    ($($(#[doc = $help:literal])+ $field:ident: $kind:ident = $name:literal;)*) => {
+        /// The table. One per agent.
+        pub struct Metrics { $($(#[doc = $help])+ pub $field: Metric,)* }
+
+        impl Default for Metrics {
+            fn default() -> Self {
+                Self { $($field: Metric {
+                    name: $name,
+                    kind: Kind::$kind,
+                    help: concat!($($help),+).trim_ascii(),
+                    value: AtomicU64::new(0),
+                },)* }
+            }
+        }
+
+        impl Metrics {
+            /// Every row, in the order of the table.
+            pub fn rows(&self) -> impl Iterator<Item = &Metric> {
+                [$(&self.$field),*].into_iter()
+            }
+        }
+    };
+}
+
+table! {
+    /// Opens answered from a value within its max age.
+    cache_hits: Counter = "fuse_secrets_cache_hits_total";
+    /// Opens and publishes that had to wait for the store.
+    cache_misses: Counter = "fuse_secrets_cache_misses_total";
+    /// Opens answered from a last known value that is older than its max age.
+    cache_stale_serves: Counter = "fuse_secrets_cache_stale_serves_total";
+    /// Reads of a held value that the store answered.
+    cache_refreshes: Counter = "fuse_secrets_cache_refreshes_total";
+    /// Reads of a held value that failed.
+    cache_refresh_failures: Counter = "fuse_secrets_cache_refresh_failures_total";
+    /// Answers held.
+    cache_entries: Gauge = "fuse_secrets_cache_entries";
+    /// Bytes of the answers held.
+    cache_bytes: Gauge = "fuse_secrets_cache_bytes";
+    /// Logins at a store.
+    store_logins: Counter = "fuse_secrets_store_logins_total";
+    /// Renewals of a store's token.
+    store_renewals: Counter = "fuse_secrets_store_renewals_total";
+    /// Reads asked of a store, retries apart.
+    store_reads: Counter = "fuse_secrets_store_reads_total";
+    /// HTTP requests sent again by the store client.
+    store_retries: Counter = "fuse_secrets_store_retries_total";
+    /// Volumes served.
+    volumes: Gauge = "fuse_secrets_volumes";
+    /// Generations built since the start.
+    generations_built: Counter = "fuse_secrets_generations_built_total";
+    /// Generations given up while a handle was still open on them.
+    generations_evicted: Counter = "fuse_secrets_generations_evicted_total";
+    /// Changed answers from which no new generation could be built.
+    generations_failed: Counter = "fuse_secrets_generations_failed_total";
+    /// Opens of files.
+    fs_opens: Counter = "fuse_secrets_fs_opens_total";
+    /// Read requests.
+    fs_reads: Counter = "fuse_secrets_fs_reads_total";
+    /// Reads through a handle whose generation is gone.
+    fs_stale_handles: Counter = "fuse_secrets_fs_stale_handles_total";
+    /// Calls refused because the file system is read-only.
+    fs_writes_refused: Counter = "fuse_secrets_fs_writes_refused_total";
+    /// Handlers that panicked; each answered EIO.
+    fs_panics: Counter = "fuse_secrets_fs_panics_total";
+    /// Invalidations sent to the kernel.
+    fs_invalidations: Counter = "fuse_secrets_fs_invalidations_total";
+    /// Bytes of secret memory in use.
+    memory_used: Gauge = "fuse_secrets_memory_used_bytes";
+    /// Requests for secret memory that did not fit.
+    memory_refused: Counter = "fuse_secrets_memory_refused_total";
+}
+
+impl Metrics {
+    /// The table in the text format of Prometheus.
+    #[must_use]
+    pub fn render(&self) -> String {
+        let mut text = String::new();
+        for row in self.rows() {
+            let kind = if row.kind == Kind::Counter { "counter" } else { "gauge" };
+            let _ = writeln!(
+                text,
+                "# HELP {0} {1}\n# TYPE {0} {kind}\n{0} {2}",
+                row.name,
+                row.help,
+                row.value()
+            );
+        }
+        text
+    }
+}
