@@ -1,1 +1,1 @@
-//! To be built.
+//! System calls that rustix lacks: the only unsafe code of this crate.

@@ -61,3 +61,49 @@ fn epoch() -> Instant {
     static EPOCH: OnceLock<Instant> = OnceLock::new();
     *EPOCH.get_or_init(Instant::now)
 }
+
+impl Default for Slot {
+    fn default() -> Self {
+        let _ = epoch();
+        Self {
+            state: AtomicU8::new(State::Empty as u8),
+            refreshed_at: AtomicU64::new(0),
+            value: RwLock::new(None),
+            report: RwLock::new(Report::default()),
+        }
+    }
+}
+
+impl Slot {
+    /// The present state.
+    #[must_use]
+    pub fn state(&self) -> State {
+        match self.state.load(Ordering::Acquire) {
+            1 => State::Fresh,
+            2 => State::Stale,
+            3 => State::Gone,
+            _ => State::Empty,
+        }
+    }
+
+    /// Time since the store last answered; `None`: it never did.
+    #[must_use]
+    pub fn age(&self, now: Moment) -> Option<Duration> {
+        match self.refreshed_at.load(Ordering::Acquire) {
+            0 => None,
+            at => Some(now.monotonic.saturating_duration_since(epoch() + Duration::from_millis(at - 1))),
+        }
+    }
+
+    /// The held value; `None` while Empty or Gone.
+    #[must_use]
+    pub fn value(&self) -> Option<Arc<Value>> {
+        self.value.read().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    }
+
+    /// What people ask.
+    #[must_use]
+    pub fn report(&self) -> Report {
+        self.report.read().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    }
+}
