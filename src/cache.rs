@@ -27,6 +27,7 @@ pub mod schedule;
 /// What readers see of an entry, without asking the machine.
 pub mod slot;
 
+pub use driver::{Cache, CacheError, Registration, Subscriber};
 pub use slot::{Slot, State, Value};
 
 /// Bounds of the cache; what goes beyond is refused with the limit's name.

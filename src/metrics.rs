@@ -35,6 +35,12 @@ impl Metric {
         self.add(1);
     }
 
+    /// Takes `n` off a gauge; not below zero.
+    pub fn subtract(&self, n: u64) {
+        let _ =
+            self.value.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |now| Some(now.saturating_sub(n)));
+    }
+
     /// Sets a gauge.
     pub fn set(&self, n: u64) {
         self.value.store(n, Ordering::Relaxed);
@@ -128,13 +134,8 @@ impl Metrics {
         let mut text = String::new();
         for row in self.rows() {
             let kind = if row.kind == Kind::Counter { "counter" } else { "gauge" };
-            let _ = writeln!(
-                text,
-                "# HELP {0} {1}\n# TYPE {0} {kind}\n{0} {2}",
-                row.name,
-                row.help,
-                row.value()
-            );
+            let _ =
+                writeln!(text, "# HELP {0} {1}\n# TYPE {0} {kind}\n{0} {2}", row.name, row.help, row.value());
         }
         text
     }

@@ -1,1 +1,458 @@
-//! To be built.
+//! Read 3: one volume: what it asked for, and the generations of it that are served.
+//!
+//! ```text
+//!   Volume::publish ─▶ registered ──all keys answered──▶ generation 1 ──an answer changed──▶ generation n+1 ─▶ …
+//!                          │ a key refused, or the deadline          │ nothing changed: no generation
+//!                          ▼                                         │ a file can no longer be cut out of its answer:
+//!                       refused (nothing stays)                      ▼ the old generation stays, and says why
+//! ```
+//! The cache moves a volume to the right: it calls [`Volume::changed`], and the volume builds a generation from the answers
+//! it holds. A volume that is dropped gives up its keys and wipes its generations.
+
+/// The generations that are kept.
+pub mod generation;
+/// A generation as bytes: the format that is served and handed over.
+pub mod snapshot;
+
+pub use generation::{Generation, Generations};
+
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::time::{Duration, Instant, SystemTime};
+
+use crate::cache::{Cache, CacheError, Registration, Slot, State, Subscriber, Value};
+use crate::metrics::Metrics;
+use crate::reference::{FileSpec, Key, Method, VolumeId, VolumeSpec};
+use crate::secret::SecretBytes;
+use crate::secret::pages::SecretMemory;
+use crate::store::answer::{ExtractError, extract};
+use crate::store::{Credential, StoreError};
+use crate::time::Moment;
+use snapshot::{FileImage, FileRecord, Snapshot, WriteError};
+
+/// Who uses a volume, where that is known. Local mounts have none of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Pod {
+    /// The pod's name.
+    pub name: String,
+    /// Its namespace.
+    pub namespace: String,
+    /// Its service account.
+    pub service_account: String,
+}
+
+/// What [`Volume::new`] takes beside the spec.
+pub struct Surroundings {
+    /// Where generations live.
+    pub memory: Arc<SecretMemory>,
+    /// Where is counted.
+    pub metrics: Arc<Metrics>,
+    /// Owner and group of files that neither class nor file gives any.
+    pub default_owner: (u32, u32),
+}
+
+/// Why a volume cannot be served. Each text names what to change.
+#[derive(Debug, thiserror::Error)]
+pub enum PublishError {
+    /// The store refused, or did not answer in time: every secret that is missing, one per line.
+    #[error("{}", list(.0))]
+    Store(Vec<(String, StoreError)>),
+    /// A bound of the cache.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    /// No generation can be built from the answers.
+    #[error(transparent)]
+    Build(#[from] BuildError),
+}
+
+/// Why no generation could be built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// Files that cannot be cut out of their answers.
+    #[error("{}", list(.0))]
+    Extract(Vec<(String, ExtractError)>),
+    /// No room, or broken memory.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+}
+
+fn list<E: std::fmt::Display>(parts: &[(String, E)]) -> String {
+    parts.iter().map(|(what, error)| format!("{what}: {error}")).collect::<Vec<_>>().join("\n")
+}
+
+/// How a file's value stands against its class's max age, asked at each open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// Young enough.
+    Fresh,
+    /// Older than the max age, and the store is believed to answer.
+    Old,
+    /// Older, and the last refresh failed: the last known value is served.
+    LastKnown,
+    /// Its grace ended: nothing is served.
+    Gone,
+}
+
+/// What happened to a volume's content.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// The new current generation.
+    pub generation: u32,
+    /// Indices of the files whose bytes differ from the generation before.
+    pub files: Vec<usize>,
+    /// Generations that are no longer kept.
+    pub gone: Vec<u32>,
+}
+
+/// Who wants to hear of changes: the file system on this volume.
+pub trait Listener: Send + Sync {
+    /// Called after a generation was installed, from whatever thread did it; must not block.
+    fn changed(&self, change: &Change);
+}
+
+/// One volume.
+pub struct Volume {
+    id: VolumeId,
+    spec: VolumeSpec,
+    pod: Option<Pod>,
+    surroundings: Surroundings,
+    generations: Generations,
+    /// Held while a generation is built: one at a time.
+    build: Mutex<()>,
+    registration: OnceLock<Registration>,
+    /// One slot per file, in content order; empty until published.
+    slots: OnceLock<Vec<Arc<Slot>>>,
+    listener: OnceLock<Weak<dyn Listener>>,
+    last_build_error: Mutex<Option<String>>,
+    since: Moment,
+    opens: AtomicU64,
+    reads: AtomicU64,
+}
+
+impl Volume {
+    /// A volume without content.
+    #[must_use]
+    pub fn new(id: VolumeId, spec: VolumeSpec, pod: Option<Pod>, surroundings: Surroundings) -> Arc<Self> {
+        surroundings.metrics.volumes.add(1);
+        Arc::new(Self {
+            id,
+            spec,
+            pod,
+            surroundings,
+            generations: Generations::default(),
+            build: Mutex::new(()),
+            registration: OnceLock::new(),
+            slots: OnceLock::new(),
+            listener: OnceLock::new(),
+            last_build_error: Mutex::new(None),
+            since: Moment::now(),
+            opens: AtomicU64::new(0),
+            reads: AtomicU64::new(0),
+        })
+    }
+
+    /// Asks the cache for every secret of the spec and builds the first generation: all files, or an error.
+    ///
+    /// # Errors
+    /// [`PublishError`]. Drop the volume then: nothing of it stays.
+    pub async fn publish(
+        self: &Arc<Self>,
+        cache: &Cache,
+        credential: Arc<Credential>,
+        deadline: Instant,
+    ) -> Result<(), PublishError> {
+        let keys: Vec<Key> = self.spec.files.iter().map(|file| self.key(file)).collect();
+        let distinct: HashSet<Key> = keys.iter().cloned().collect();
+        let subscriber = Arc::new(Rebuild(Arc::downgrade(self)));
+        let registration = cache
+            .register(distinct.into_iter().collect(), credential, self.spec.freshness, subscriber)
+            .await?;
+        registration.ready(deadline).await.map_err(|errors| {
+            PublishError::Store(errors.into_iter().map(|(key, error)| (self.files_of(&key), error)).collect())
+        })?;
+        let slots = keys.iter().filter_map(|key| registration.slot(key)).collect();
+        let _ = self.slots.set(slots);
+        let _ = self.registration.set(registration);
+        self.build(Moment::now())?;
+        Ok(())
+    }
+
+    /// Builds and installs a generation if any file's bytes differ from the current one. Called whenever an answer changed.
+    ///
+    /// # Errors
+    /// [`BuildError`]: the current generation stays; [`Volume::report`] tells.
+    pub fn build(&self, now: Moment) -> Result<(), BuildError> {
+        let _one_at_a_time = self.build.lock().unwrap_or_else(PoisonError::into_inner);
+        let values: Vec<Option<Arc<Value>>> =
+            self.slots.get().map(|slots| slots.iter().map(|slot| slot.value()).collect()).unwrap_or_default();
+        let result = self.cut(&values).and_then(|files| self.install(&files, now));
+        let text = result.as_ref().err().map(ToString::to_string);
+        if let Some(text) = &text {
+            self.surroundings.metrics.generations_failed.increment();
+            tracing::warn!(volume = %self.id.0, "no new generation: {text}");
+        }
+        *self.last_build_error.lock().unwrap_or_else(PoisonError::into_inner) = text;
+        result
+    }
+
+    /// Installs files as a generation, unless they are the current one's to the byte. The order is the spec's.
+    ///
+    /// # Errors
+    /// [`BuildError::Write`]
+    pub fn install(&self, files: &[NewFile], now: Moment) -> Result<(), BuildError> {
+        let current = self.generations.current();
+        let before = current.as_ref().map(|generation| &generation.snapshot);
+        let differs: Vec<bool> =
+            files.iter().enumerate().map(|(i, file)| before.is_none_or(|b| !file.same_as(b, i))).collect();
+        if before.is_some() && !differs.contains(&true) {
+            return Ok(());
+        }
+        let images: Vec<FileImage<'_>> = self
+            .spec
+            .files
+            .iter()
+            .zip(files)
+            .enumerate()
+            .map(|(i, (spec, file))| FileImage {
+                path: spec.path.as_str(),
+                value: file.value.as_ref(),
+                mtime: mtime(file, before.and_then(|b| b.files().get(i)), differs[i], now),
+                version: file.version,
+                lease_id: file.lease_id.as_deref(),
+                expires: file.expires,
+            })
+            .collect();
+        let number = current.as_ref().map_or(1, |generation| generation.number() + 1);
+        let snapshot = Snapshot::write(&self.surroundings.memory, number, now.wall, &images)?;
+        let since = (0..files.len())
+            .map(|i| current.as_ref().filter(|_| !differs[i]).map_or(number, |current| current.since(i)))
+            .collect();
+        // A value that was given up must not live on in older generations.
+        let forget = files.iter().zip(&differs).any(|(file, differs)| *differs && file.value.is_none());
+        let metrics = &self.surroundings.metrics;
+        let gone = self.generations.install(snapshot, since, now, forget);
+        metrics.generations_built.increment();
+        metrics.generations_evicted.add(gone.iter().filter(|(_, open)| *open).count() as u64);
+        metrics.memory_used.set(self.surroundings.memory.used() as u64);
+        if let Some(listener) = self.listener.get().and_then(Weak::upgrade) {
+            let gone = gone.into_iter().map(|(number, _)| number).collect();
+            let files = (0..files.len()).filter(|&i| differs[i]).collect();
+            listener.changed(&Change { generation: number, files, gone });
+        }
+        Ok(())
+    }
+
+    /// How the value of a file stands now.
+    #[must_use]
+    pub fn standing(&self, file: usize, now: Moment) -> Standing {
+        let Some(slot) = self.slots.get().and_then(|slots| slots.get(file)) else { return Standing::Fresh };
+        match slot.state() {
+            State::Gone | State::Empty => Standing::Gone,
+            _ if slot.age(now).is_some_and(|age| age <= self.spec.freshness.max_age) => Standing::Fresh,
+            State::Stale => Standing::LastKnown,
+            State::Fresh => Standing::Old,
+        }
+    }
+
+    /// Asks for a refresh of one file's secret; `done` is called when it ended or the class's `open_deadline` passed.
+    pub fn refresh(&self, file: usize, done: Box<dyn FnOnce() + Send>) {
+        match (self.registration.get(), self.spec.files.get(file)) {
+            (Some(registration), Some(spec)) => {
+                registration.refresh(&[self.key(spec)], self.spec.freshness.open_deadline, done);
+            }
+            _ => done(),
+        }
+    }
+
+    /// Gives the volume a newer credential, such as a fresh token from kubelet. No request is made for it.
+    pub fn set_credential(&self, credential: Arc<Credential>) {
+        if let Some(registration) = self.registration.get() {
+            registration.set_credential(credential);
+        }
+    }
+
+    /// Names the one who hears of changes. The first call counts: a volume has one file system.
+    pub fn listen(&self, listener: Weak<dyn Listener>) {
+        let _ = self.listener.set(listener);
+    }
+
+    /// Its name on this node.
+    #[must_use]
+    pub fn id(&self) -> &VolumeId {
+        &self.id
+    }
+
+    /// What it asked for.
+    #[must_use]
+    pub fn spec(&self) -> &VolumeSpec {
+        &self.spec
+    }
+
+    /// Who uses it.
+    #[must_use]
+    pub fn pod(&self) -> Option<&Pod> {
+        self.pod.as_ref()
+    }
+
+    /// Its generations.
+    #[must_use]
+    pub fn generations(&self) -> &Generations {
+        &self.generations
+    }
+
+    /// Where is counted.
+    #[must_use]
+    pub fn metrics(&self) -> &Metrics {
+        &self.surroundings.metrics
+    }
+
+    /// Owner and group of files that neither class nor file gives any.
+    #[must_use]
+    pub fn default_owner(&self) -> (u32, u32) {
+        self.surroundings.default_owner
+    }
+
+    /// Counts an open.
+    pub fn count_open(&self) {
+        self.opens.fetch_add(1, Ordering::Relaxed);
+        self.surroundings.metrics.fs_opens.increment();
+    }
+
+    /// Counts a read request.
+    pub fn count_read(&self) {
+        self.reads.fetch_add(1, Ordering::Relaxed);
+        self.surroundings.metrics.fs_reads.increment();
+    }
+
+    /// What people ask about it.
+    #[must_use]
+    pub fn report(&self) -> Report {
+        let slots = self.slots.get().map(Vec::as_slice).unwrap_or_default();
+        let reports: Vec<_> = slots.iter().map(|slot| slot.report()).collect();
+        let build_error = self.last_build_error.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        Report {
+            since: self.since.wall,
+            opens: self.opens.load(Ordering::Relaxed),
+            reads: self.reads.load(Ordering::Relaxed),
+            refreshed: reports.iter().filter_map(|report| report.refreshed).min(),
+            stale_since: reports.iter().filter_map(|report| report.failing_since).min(),
+            gone: slots.iter().filter(|slot| slot.state() == State::Gone).count(),
+            last_error: build_error.or_else(|| reports.into_iter().find_map(|report| report.last_error)),
+        }
+    }
+
+    fn key(&self, file: &FileSpec) -> Key {
+        Key {
+            identity: Arc::clone(&self.spec.identity),
+            request: file.request.clone(),
+            volume: (file.request.method != Method::Get).then(|| self.id.clone()),
+        }
+    }
+
+    fn files_of(&self, key: &Key) -> String {
+        let names: Vec<&str> = (self.spec.files.iter())
+            .filter(|file| file.request == key.request)
+            .map(|file| file.path.as_str())
+            .collect();
+        names.join(", ")
+    }
+
+    /// Cuts each file out of its answer; every fault at once.
+    fn cut(&self, values: &[Option<Arc<Value>>]) -> Result<Vec<NewFile>, BuildError> {
+        let mut faults = Vec::new();
+        let mut files = Vec::with_capacity(values.len());
+        for (spec, value) in self.spec.files.iter().zip(values) {
+            let Some(value) = value else {
+                files.push(NewFile::default());
+                continue;
+            };
+            match extract(value.body.expose(), spec.key.as_deref(), spec.encoding) {
+                Ok(bytes) => files.push(NewFile {
+                    value: Some(bytes),
+                    written: value.created.unwrap_or(value.read_at.wall),
+                    version: value.version,
+                    lease_id: value.lease.id.clone(),
+                    expires: value.lease.duration.map(|duration| value.read_at.wall + duration),
+                }),
+                Err(error) => faults.push((spec.path.to_string(), error)),
+            }
+        }
+        if faults.is_empty() { Ok(files) } else { Err(BuildError::Extract(faults)) }
+    }
+}
+
+impl Drop for Volume {
+    fn drop(&mut self) {
+        self.surroundings.metrics.volumes.subtract(1);
+    }
+}
+
+/// What people ask about a volume, beside its spec and generations.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// When it was published.
+    pub since: SystemTime,
+    /// Opens of its files.
+    pub opens: u64,
+    /// Read requests.
+    pub reads: u64,
+    /// When the store last answered for the secret that waits longest.
+    pub refreshed: Option<SystemTime>,
+    /// Since when a refresh fails.
+    pub stale_since: Option<SystemTime>,
+    /// Files whose grace ended.
+    pub gone: usize,
+    /// The last failure.
+    pub last_error: Option<String>,
+}
+
+/// One file of a generation to be.
+pub struct NewFile {
+    /// Its bytes; `None`: given up.
+    pub value: Option<SecretBytes>,
+    /// When the store says it was written, else when it was read.
+    pub written: SystemTime,
+    /// The store's version.
+    pub version: Option<u64>,
+    /// The lease it came with.
+    pub lease_id: Option<String>,
+    /// When that ends.
+    pub expires: Option<SystemTime>,
+}
+
+impl Default for NewFile {
+    fn default() -> Self {
+        Self { value: None, written: SystemTime::UNIX_EPOCH, version: None, lease_id: None, expires: None }
+    }
+}
+
+impl NewFile {
+    fn same_as(&self, snapshot: &Snapshot, index: usize) -> bool {
+        self.value.as_ref().map(SecretBytes::expose) == snapshot.value(index)
+    }
+}
+
+/// The `mtime` of a file in the generation that is being built: that of its version, never going backwards, and never the
+/// same for other bytes.
+fn mtime(file: &NewFile, before: Option<&FileRecord>, differs: bool, now: Moment) -> SystemTime {
+    let Some(before) = before else { return file.written };
+    if !differs {
+        return before.mtime;
+    }
+    let floor = before.mtime + Duration::from_nanos(1);
+    if file.written >= floor { file.written } else { now.wall.max(floor) }
+}
+
+/// Wakes the volume when the cache has something new for it.
+struct Rebuild(Weak<Volume>);
+
+impl Subscriber for Rebuild {
+    fn changed(&self, _keys: &[Key]) {
+        let Some(volume) = self.0.upgrade() else { return };
+        // The first generation is `publish`'s, which also reports its faults.
+        if volume.generations.current().is_some() {
+            tokio::spawn(async move { volume.build(Moment::now()) });
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! A running file system on a FUSE descriptor.
+//!
+//! There is one way to a session, for a fresh mount as for one that another process served before: *adoption*. fuser insists
+//! on an INIT exchange, which the kernel holds once per mount; so it gets one end of a socket pair, a made-up INIT from
+//! the other end, and when that is done, the real descriptor under the same number. Nothing unmounts when a session ends.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+use super::notify::{Invalidator, Wire};
+use super::{Adapter, handshake};
+use crate::fs::Fs;
+use crate::secret::bounce::Pool;
+use crate::sys;
+
+/// A file system that answers on a descriptor. It ends when the file system is unmounted everywhere, or with the process.
+pub struct Session {
+    ended: tokio::sync::watch::Receiver<bool>,
+}
+
+impl Session {
+    /// Serves `fs` on a mounted descriptor whose INIT was answered, with `threads` threads.
+    ///
+    /// # Errors
+    /// No descriptor or thread left.
+    pub fn start(
+        fuse: OwnedFd,
+        fs: &Arc<Fs>,
+        pool: &Arc<Pool>,
+        invalidator: &Invalidator,
+        threads: usize,
+    ) -> io::Result<Self> {
+        let wire = Arc::new(Wire::new(fuse.try_clone()?));
+        let invalidations = invalidator.attach(&wire, fs);
+        fs.notify_through(Arc::new(invalidations.clone()));
+        let adapter = Adapter { fs: Arc::clone(fs), pool: Arc::clone(pool), invalidate: invalidations };
+        let session = adopt(fuse, adapter, threads)?;
+        let (tell, ended) = tokio::sync::watch::channel(false);
+        let volume = fs.volume().id().0.clone();
+        std::thread::Builder::new().name("fuse".to_owned()).stack_size(STACK).spawn(move || {
+            // The clone of the descriptor lives as long as the session does.
+            let _wire = wire;
+            match session.run() {
+                Ok(()) => tracing::debug!(volume, "file system unmounted"),
+                Err(error) => tracing::warn!(volume, %error, "file system session ended"),
+            }
+            let _ = tell.send(true);
+        })?;
+        Ok(Self { ended })
+    }
+
+    /// Returns when the session has ended.
+    pub async fn ended(&self) {
+        let mut ended = self.ended.clone();
+        // An error means that the sender is gone, which is the end as well.
+        let _ = ended.wait_for(|ended| *ended).await;
+    }
+
+    /// Whether the session has ended.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        *self.ended.borrow() || self.ended.has_changed().is_err()
+    }
+}
+
+/// This thread only waits for the session's own.
+const STACK: usize = 64 << 10;
+
+fn adopt(fuse: OwnedFd, adapter: Adapter, threads: usize) -> io::Result<fuser::Session<Adapter>> {
+    let (ours, its) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+    rustix::io::write(&ours, &handshake::synthetic_request())?;
+    let mut config = fuser::Config::default();
+    config.acl = fuser::SessionACL::All;
+    config.n_threads = Some(threads.max(1));
+    // `All`: who may is decided by the mount (`allow_other`) and by the kernel (`default_permissions`); behind an id-mapped
+    // mount the header's uid is -1, which any other rule would refuse.
+    let session = fuser::Session::from_fd(adapter, its, fuser::SessionACL::All, config)?;
+    let mut reply = [0; 256];
+    rustix::io::read(&ours, &mut reply)?;
+    sys::fd::replace(session.as_fd(), fuse.as_fd())?;
+    Ok(session)
+}
