@@ -25,6 +25,8 @@ pub mod dev;
 pub mod fs;
 /// Read 5: the adapter between the kernel's protocol and `fs`; the only place with fuser's types.
 pub mod fuse;
+/// The composition root: the parts wired in the order of the way, and the volumes that are served.
+pub mod agent;
 /// The counters: name, unit, labels, help; nothing is counted elsewhere.
 pub mod metrics;
 /// What a volume asks for: validated newtypes that every layer below uses.

@@ -53,6 +53,12 @@ pub struct Attr {
     pub ttl: Ttl,
 }
 
+/// Permission bits of a file.
+#[must_use]
+pub fn mode(ownership: Ownership) -> u16 {
+    ownership.mode.unwrap_or(if ownership.gid.is_some() { 0o440 } else { 0o444 }) & 0o666
+}
+
 pub(super) fn file(volume: &Volume, inode: Inode, generation: &Generation, index: usize, ttl: Ttl) -> Attr {
     let spec = &volume.spec().files[index];
     let ownership = spec.ownership.or(volume.spec().ownership);
@@ -63,7 +69,7 @@ pub(super) fn file(volume: &Volume, inode: Inode, generation: &Generation, index
         kind: Kind::File,
         size: record.size().unwrap_or(0) as u64,
         mtime: record.mtime,
-        mode: ownership.mode.unwrap_or(if ownership.gid.is_some() { 0o440 } else { 0o444 }) & 0o666,
+        mode: mode(ownership),
         links: 1,
         uid,
         gid,

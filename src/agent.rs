@@ -1,0 +1,246 @@
+//! The composition root: the parts of the read path wired together in the order of the way, once per process, and the
+//! volumes that are served.
+//!
+//! ```text
+//!   Agent::start:  memory ─▶ arena, bounce pool ─▶ store ─▶ cache ─▶ invalidator ─▶ admin socket
+//!   Agent::mount:  spec ─▶ volume published (all files, or refused) ─▶ mounted ─▶ INIT answered ─▶ served
+//!   shutdown:      unmounted ─▶ sessions ended ─▶ volumes dropped ─▶ cache drained (tokens revoked), each with a deadline
+//! ```
+
+/// The socket that the debug commands ask.
+pub mod admin;
+/// Where agents of one user meet: directories for sockets and mounts.
+pub mod runtime;
+/// What the debug commands show of a volume.
+pub mod status;
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use dashmap::DashMap;
+
+use crate::cache::{Cache, Limits};
+use crate::fs::Fs;
+use crate::fuse::mount::{Mount, MountError, Options};
+use crate::fuse::notify::Invalidator;
+use crate::fuse::{handshake, session::Session};
+use crate::metrics::Metrics;
+use crate::reference::{VolumeId, VolumeSpec};
+use crate::secret::arena::Arena;
+use crate::secret::bounce::Pool;
+use crate::secret::pages::{MemoryError, SecretMemory};
+use crate::store::{Credential, Store};
+use crate::volume::{Pod, PublishError, Surroundings, Volume};
+
+/// Size of a bounce buffer where locked memory allows: the largest reply. 128 KiB stays in a core's second-level cache,
+/// so that the extra copy of each reply costs little (docs/architecture.md).
+const BOUNCE: usize = 128 << 10;
+/// How long readers may go on after an unmount before the process ends anyway.
+const DRAIN: Duration = Duration::from_millis(500);
+
+/// How an agent is set up.
+#[derive(Clone, Copy, Debug)]
+pub struct Setup {
+    /// Bounds of the cache.
+    pub limits: Limits,
+    /// Secret memory in bytes; `None`: what the node gives.
+    pub memory: Option<usize>,
+    /// Threads per volume that read requests. Default 1.
+    pub threads: usize,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self { limits: Limits::default(), memory: None, threads: 1 }
+    }
+}
+
+/// Why an agent could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// No secret memory or bounce buffer.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// No thread.
+    #[error("cannot start a thread: {0}")]
+    Thread(#[source] io::Error),
+}
+
+/// Why a volume could not be mounted. Nothing of it is left.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// Its secrets cannot be had.
+    #[error(transparent)]
+    Publish(#[from] PublishError),
+    /// The directory cannot be mounted on.
+    #[error(transparent)]
+    Mount(#[from] MountError),
+    /// The kernel and this program do not agree, or no thread or descriptor is left.
+    #[error("cannot serve the mount: {0}")]
+    Serve(#[source] io::Error),
+    /// A mount of that name is served.
+    #[error("{0} is served by this agent already")]
+    Twice(String),
+}
+
+/// The parts that all volumes of a process share.
+pub struct Agent {
+    setup: Setup,
+    memory: Arc<SecretMemory>,
+    pool: Arc<Pool>,
+    metrics: Arc<Metrics>,
+    cache: Cache,
+    invalidator: Invalidator,
+    served: DashMap<VolumeId, Arc<Served>>,
+}
+
+/// A volume that is mounted and answered.
+pub struct Served {
+    fs: Arc<Fs>,
+    mount: Mount,
+    session: Session,
+}
+
+impl Served {
+    /// The volume.
+    #[must_use]
+    pub fn volume(&self) -> &Arc<Volume> {
+        self.fs.volume()
+    }
+
+    /// Where it is mounted.
+    #[must_use]
+    pub fn mount(&self) -> &Mount {
+        &self.mount
+    }
+
+    /// Returns when it is unmounted, whoever did it, and its last file is closed.
+    pub async fn ended(&self) {
+        self.session.ended().await;
+    }
+}
+
+impl Agent {
+    /// Wires the parts. `store` is made with the same metrics.
+    ///
+    /// # Errors
+    /// [`StartError`]
+    pub fn start<S: Store>(store: Arc<S>, metrics: Arc<Metrics>, setup: Setup) -> Result<Arc<Self>, StartError> {
+        let memory = match setup.memory {
+            Some(bytes) => SecretMemory::with_limit(bytes)?,
+            None => SecretMemory::new()?,
+        };
+        let threads = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
+        let pool = Pool::new(&memory, BOUNCE, threads.clamp(2, 8))?;
+        let arena = Arena::new(Arc::clone(&memory));
+        let cache = Cache::new(store, arena, setup.limits, Arc::clone(&metrics));
+        let invalidator = Invalidator::start().map_err(StartError::Thread)?;
+        Ok(Arc::new(Self { setup, memory, pool, metrics, cache, invalidator, served: DashMap::new() }))
+    }
+
+    /// Fetches every file of a spec, then mounts them on a directory, and serves.
+    ///
+    /// # Errors
+    /// [`ServeError`]; nothing stays mounted or held.
+    pub async fn mount(
+        self: &Arc<Self>,
+        path: &Path,
+        spec: VolumeSpec,
+        pod: Option<Pod>,
+        credential: Arc<Credential>,
+        allow_other: bool,
+        deadline: Instant,
+    ) -> Result<Arc<Served>, ServeError> {
+        let id = VolumeId(path.display().to_string());
+        if self.served.contains_key(&id) {
+            return Err(ServeError::Twice(id.0));
+        }
+        let surroundings = Surroundings {
+            memory: Arc::clone(&self.memory),
+            metrics: Arc::clone(&self.metrics),
+            default_owner: (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw()),
+        };
+        let volume = Volume::new(id.clone(), spec, pod, surroundings);
+        volume.publish(&self.cache, credential, deadline).await?;
+        let served = self.serve(path, volume, allow_other).await?;
+        self.served.insert(id.clone(), Arc::clone(&served));
+        let (agent, watched) = (Arc::downgrade(self), Arc::clone(&served));
+        tokio::spawn(async move {
+            watched.ended().await;
+            if let Some(agent) = agent.upgrade() {
+                agent.served.remove(&id);
+            }
+        });
+        Ok(served)
+    }
+
+    /// Mounts and serves a volume that has content.
+    ///
+    /// # Errors
+    /// [`ServeError::Mount`], [`ServeError::Serve`]; nothing stays mounted.
+    pub async fn serve(&self, path: &Path, volume: Arc<Volume>, allow_other: bool) -> Result<Arc<Served>, ServeError> {
+        let fs = Fs::new(volume);
+        let options = Options { allow_other, max_read: self.pool.buffer_size() };
+        let directory = path.to_owned();
+        // The helper is a child to wait for, and INIT a blocking read.
+        let attached = tokio::task::spawn_blocking(move || {
+            let (mount, fuse) = Mount::attach(&directory, options)?;
+            let negotiated = handshake::negotiate(std::os::fd::AsFd::as_fd(&fuse));
+            Ok::<_, MountError>((mount, fuse, negotiated))
+        });
+        let (mount, fuse, negotiated) = attached.await.map_err(|error| ServeError::Serve(error.into()))??;
+        let started = negotiated.and_then(|negotiated| {
+            tracing::debug!(minor = negotiated.minor, flags = negotiated.flags, "FUSE negotiated");
+            Session::start(fuse, &fs, &self.pool, &self.invalidator, self.setup.threads)
+        });
+        match started {
+            Ok(session) => Ok(Arc::new(Served { fs, mount, session })),
+            Err(error) => {
+                if let Err(error) = mount.detach() {
+                    tracing::warn!(%error, path = %path.display(), "a mount that cannot be served stays");
+                }
+                Err(ServeError::Serve(error))
+            }
+        }
+    }
+
+    /// What is served, sorted by mount point.
+    #[must_use]
+    pub fn served(&self) -> Vec<Arc<Served>> {
+        let mut served: Vec<_> = self.served.iter().map(|entry| Arc::clone(entry.value())).collect();
+        served.sort_by(|a, b| a.mount.path().cmp(b.mount.path()));
+        served
+    }
+
+    /// The counters.
+    #[must_use]
+    pub fn metrics(&self) -> &Arc<Metrics> {
+        &self.metrics
+    }
+
+    /// Secret memory of the process.
+    #[must_use]
+    pub fn memory(&self) -> &Arc<SecretMemory> {
+        &self.memory
+    }
+
+    /// Unmounts everything, waits a moment for readers, drops the volumes and drains the cache.
+    pub async fn shutdown(&self) {
+        for served in self.served() {
+            let path = served.mount.path().to_owned();
+            let unmounting = Arc::clone(&served);
+            match tokio::task::spawn_blocking(move || unmounting.mount.detach()).await {
+                Ok(Ok(())) => tracing::info!(path = %path.display(), "unmounted"),
+                Ok(Err(error)) => tracing::error!(path = %path.display(), %error, "cannot unmount"),
+                Err(error) => tracing::error!(path = %path.display(), %error, "cannot unmount"),
+            }
+            if tokio::time::timeout(DRAIN, served.ended()).await.is_err() {
+                tracing::warn!(path = %path.display(), "files are still open; their readers get ENOTCONN");
+            }
+            self.served.remove(served.volume().id());
+        }
+        self.cache.shutdown(DRAIN).await;
+    }
+}

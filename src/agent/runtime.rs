@@ -1,0 +1,53 @@
+//! Where agents of one user meet: a directory that nobody else may enter.
+
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+/// The runtime directory of the present user: `/run/fuse-secrets` for root, else `$XDG_RUNTIME_DIR/fuse-secrets`, else a
+/// directory in /tmp that carries the user's number.
+#[must_use]
+pub fn directory() -> PathBuf {
+    let user = rustix::process::geteuid().as_raw();
+    if user == 0 {
+        return PathBuf::from("/run/fuse-secrets");
+    }
+    match std::env::var_os("XDG_RUNTIME_DIR") {
+        Some(runtime) if Path::new(&runtime).is_absolute() => Path::new(&runtime).join("fuse-secrets"),
+        _ => PathBuf::from(format!("/tmp/fuse-secrets-{user}")),
+    }
+}
+
+/// Makes a directory that only the present user may enter, or checks one that is there: in /tmp somebody else may have made it
+/// first.
+///
+/// # Errors
+/// It cannot be made, is not a directory, belongs to somebody else, or others may enter it.
+pub fn make_private(path: &Path) -> io::Result<()> {
+    match std::fs::DirBuilder::new().mode(0o700).create(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        other => return other,
+    }
+    let found = std::fs::symlink_metadata(path)?;
+    let ours = found.is_dir() && found.uid() == rustix::process::geteuid().as_raw();
+    if ours && found.mode() & 0o077 == 0 {
+        return Ok(());
+    }
+    let text = format!("{} must be a directory of this user's that nobody else may enter (mode 0700)", path.display());
+    Err(io::Error::new(io::ErrorKind::PermissionDenied, text))
+}
+
+/// Every directory in which an agent may be found by the present user: its own, and for root those of all users.
+#[must_use]
+pub fn directories() -> Vec<PathBuf> {
+    let mut found = vec![directory()];
+    if rustix::process::geteuid().is_root() {
+        let entries = |path: &str| std::fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
+        found.extend(entries("/run/user").map(|user| user.join("fuse-secrets")));
+        found.extend(entries("/tmp").filter(|path| {
+            path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("fuse-secrets-"))
+        }));
+    }
+    found.retain(|path| path.is_dir());
+    found
+}
