@@ -11,16 +11,16 @@
 pub mod alloc;
 /// Many small secrets packed into few secret pages.
 pub mod arena;
+/// Locked ordinary memory for replies: the kernel cannot read from secret pages.
+pub mod bounce;
+#[cfg(test)]
+mod child;
 /// The process closed to dumps, tracers and swap.
 pub mod harden;
 /// How much memory this process may lock.
 pub mod locked;
-/// Locked ordinary memory for replies: the kernel cannot read from secret pages.
-pub mod bounce;
 /// Pages of `memfd_secret(2)`, or of locked memory where the kernel has none; counted against a limit.
 pub mod pages;
-#[cfg(test)]
-mod child;
 
 use zeroize::{Zeroize, Zeroizing};
 

@@ -27,11 +27,9 @@ pub struct Wiping;
 /// Elsewhere there is nothing to pin.
 pub fn pin() {
     #[cfg(target_env = "gnu")]
-    for (option, value) in [
-        (libc::M_MMAP_THRESHOLD, 256 << 10),
-        (libc::M_TRIM_THRESHOLD, 128 << 10),
-        (libc::M_ARENA_MAX, 2),
-    ] {
+    for (option, value) in
+        [(libc::M_MMAP_THRESHOLD, 256 << 10), (libc::M_TRIM_THRESHOLD, 128 << 10), (libc::M_ARENA_MAX, 2)]
+    {
         // SAFETY: mallopt takes two numbers and locks the heap it changes. It refuses only unknown options.
         unsafe { libc::mallopt(option, value) };
     }
@@ -281,7 +279,8 @@ mod tests {
     fn a_hundred_large_buffers_that_are_hardly_used_cost_hardly_any_memory() {
         if !child::is_one() {
             // Alone in its process: other tests allocate meanwhile.
-            let name = "secret::alloc::tests::a_hundred_large_buffers_that_are_hardly_used_cost_hardly_any_memory";
+            let name =
+                "secret::alloc::tests::a_hundred_large_buffers_that_are_hardly_used_cost_hardly_any_memory";
             return child::run(name, &[]);
         }
         pin();

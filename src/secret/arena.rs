@@ -88,7 +88,11 @@ impl Region {
     fn take(&mut self, wanted: usize) -> Option<Extent> {
         let at = self.holes.iter().position(|hole| hole.len() >= wanted)?;
         let rest = self.holes[at].split_off(wanted);
-        Some(if rest.is_empty() { self.holes.remove(at) } else { std::mem::replace(&mut self.holes[at], rest) })
+        Some(if rest.is_empty() {
+            self.holes.remove(at)
+        } else {
+            std::mem::replace(&mut self.holes[at], rest)
+        })
     }
 
     /// Whether the region is now one hole.
@@ -186,7 +190,9 @@ mod tests {
         let _keeps_the_region = arena.store(SecretBytes::new(vec![1; 16])).unwrap();
         drop(arena.store(SecretBytes::new(vec![7; 64])).unwrap());
         let regions = arena.regions();
-        assert!(regions.values().flat_map(|region| &region.holes).all(|hole| hole.iter().all(|byte| *byte == 0)));
+        assert!(
+            regions.values().flat_map(|region| &region.holes).all(|hole| hole.iter().all(|byte| *byte == 0))
+        );
     }
 
     proptest! {
@@ -194,7 +200,7 @@ mod tests {
         fn stored_secrets_keep_their_bytes_whatever_comes_and_goes_around_them(
             steps in prop::collection::vec((any::<bool>(), 0..3_usize * 4096, any::<usize>()), 1..120)
         ) {
-            let memory = SecretMemory::with_limit(64 << 16).unwrap();
+            let memory = SecretMemory::with_limit(2 << 20).unwrap();
             let arena = Arena::new(Arc::clone(&memory));
             let mut held: Vec<(u8, usize, Blob)> = Vec::new();
             for (number, (store, length, pick)) in steps.into_iter().enumerate() {

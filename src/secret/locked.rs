@@ -40,8 +40,10 @@ impl Locked {
     /// # Errors
     /// As [`Locked::read`]; setrlimit(2) refused.
     pub fn raise() -> io::Result<Self> {
-        let maximum = getrlimit(Resource::Memlock).maximum;
-        setrlimit(Resource::Memlock, Rlimit { current: maximum, maximum })?;
+        let Rlimit { current, maximum } = getrlimit(Resource::Memlock);
+        if current != maximum {
+            setrlimit(Resource::Memlock, Rlimit { current: maximum, maximum })?;
+        }
         Self::read()
     }
 
@@ -55,7 +57,8 @@ impl Locked {
 /// Bytes of the line `VmLck:   64 kB` in `/proc/<pid>/status`.
 fn held(status: &str) -> u64 {
     let line = status.lines().find_map(|line| line.strip_prefix("VmLck:"));
-    let kilobytes = line.and_then(|rest| rest.split_whitespace().next()).and_then(|number| number.parse().ok());
+    let kilobytes =
+        line.and_then(|rest| rest.split_whitespace().next()).and_then(|number| number.parse().ok());
     kilobytes.map_or(0, |kb: u64| kb << 10)
 }
 

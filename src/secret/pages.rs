@@ -73,8 +73,7 @@ impl SecretMemory {
     pub fn with_limit(bytes: usize) -> Result<Arc<Self>, MemoryError> {
         let room = Locked::raise().map_err(MemoryError::Kernel)?.room();
         let room = room.map_or(usize::MAX, |room| usize::try_from(room).unwrap_or(usize::MAX));
-        let (limit, remedy) =
-            if room < bytes { (room, RAISE_RLIMIT) } else { (bytes, RAISE_OWN_LIMIT) };
+        let (limit, remedy) = if room < bytes { (room, RAISE_RLIMIT) } else { (bytes, RAISE_OWN_LIMIT) };
         let backing = if secret_file(0).is_ok() { Backing::Secret } else { Backing::Locked };
         let memory = Arc::new(Self { used: AtomicUsize::new(0), limit, remedy, backing });
         memory.allocate(1)?;
@@ -290,16 +289,28 @@ mod tests {
     }
 
     #[test]
-    fn a_fork_does_not_inherit_secret_pages_and_a_dump_leaves_them_out() {
-        let memory = SecretMemory::with_limit(4 * page_size()).unwrap();
-        let pages = memory.allocate(10).unwrap();
-        let start = format!("{:x}-", pages.expose().as_ptr().addr());
-        let text = std::fs::read_to_string("/proc/self/smaps").unwrap();
-        let mut lines = text.lines().skip_while(|line| !line.starts_with(&start));
-        assert!(lines.next().is_some(), "the mapping is listed");
-        let flags = lines.find(|line| line.starts_with("VmFlags:")).unwrap();
-        for flag in ["dc", "dd", "lo"] {
-            assert!(flags.split_whitespace().any(|found| found == flag), "{flag} is missing: {flags}");
+    fn pages_of_both_kinds_are_locked_not_inherited_and_not_dumped() {
+        let here = SecretMemory::with_limit(4 * page_size()).unwrap();
+        let fallback = Arc::new(SecretMemory {
+            used: AtomicUsize::new(0),
+            limit: here.limit,
+            remedy: here.remedy,
+            backing: Backing::Locked,
+        });
+        for memory in [here, fallback] {
+            let mut pages = memory.allocate(10).unwrap();
+            pages.expose_mut().fill(7);
+            pages.seal();
+            assert_eq!(pages.expose(), [7; 10]);
+            let start = format!("{:x}-", pages.expose().as_ptr().addr());
+            let text = std::fs::read_to_string("/proc/self/smaps").unwrap();
+            let mut lines = text.lines().skip_while(|line| !line.starts_with(&start));
+            assert!(lines.next().is_some(), "the mapping is listed");
+            let flags = lines.find(|line| line.starts_with("VmFlags:")).unwrap();
+            for flag in ["lo", "dc", "dd"] {
+                let listed = flags.split_whitespace().any(|found| found == flag);
+                assert!(listed, "{:?}: {flag} is missing: {flags}", memory.backing());
+            }
         }
     }
 
@@ -320,9 +331,18 @@ mod tests {
                 Err(error) => break error,
             }
         };
-        assert!(refused.to_string().ends_with("raise RLIMIT_MEMLOCK (systemd: LimitMEMLOCK=) or serve fewer volumes"));
+        assert!(
+            refused
+                .to_string()
+                .ends_with("raise RLIMIT_MEMLOCK (systemd: LimitMEMLOCK=) or serve fewer volumes")
+        );
         assert!(limit - memory.used() < page_size(), "everything was used before anything was refused");
-        println!("{limit} bytes: {:?}, replies of {}, {} values", memory.backing(), pool.buffer_size(), blobs.len());
+        println!(
+            "{limit} bytes: {:?}, replies of {}, {} values",
+            memory.backing(),
+            pool.buffer_size(),
+            blobs.len()
+        );
         for (index, blob) in blobs.iter().enumerate() {
             assert!(blob.expose().iter().all(|byte| usize::from(*byte) == index % 251));
             let lent = pool.lend(blob.expose(), std::time::Duration::ZERO, <[u8]>::len);
@@ -348,7 +368,9 @@ mod tests {
         if child::is_one() {
             return works_under_a_limit(USUAL);
         }
-        if Locked::read().unwrap().hard.is_some_and(|hard| hard < USUAL) && !rustix::process::geteuid().is_root() {
+        if Locked::read().unwrap().hard.is_some_and(|hard| hard < USUAL)
+            && !rustix::process::geteuid().is_root()
+        {
             println!("skipped: this user's hard RLIMIT_MEMLOCK is below 8 MiB");
             return;
         }
@@ -369,21 +391,5 @@ mod tests {
             "secret::pages::tests::where_nothing_may_be_locked_the_start_says_what_to_raise",
             0,
         );
-    }
-
-    #[test]
-    fn the_fallback_of_locked_memory_serves_too() {
-        let memory = Arc::new(SecretMemory {
-            used: AtomicUsize::new(0),
-            limit: 4 * page_size(),
-            remedy: RAISE_OWN_LIMIT,
-            backing: Backing::Locked,
-        });
-        let before = Locked::read().unwrap().held;
-        let mut pages = memory.allocate(2 * page_size()).unwrap();
-        pages.expose_mut().fill(7);
-        pages.seal();
-        assert!(pages.expose().iter().all(|byte| *byte == 7));
-        let _ = before;
     }
 }
