@@ -16,11 +16,17 @@ const SHARE: usize = 4;
 
 /// A fixed number of locked buffers, shared by all sessions.
 pub struct Pool {
-    free: Mutex<Vec<Extent>>,
+    shelf: Mutex<Shelf>,
     came_back: Condvar,
     buffer: usize,
     // Given back after the buffers are gone: fields are dropped in this order.
     _reservation: Reservation,
+}
+
+struct Shelf {
+    free: Vec<Extent>,
+    /// Who waits for one to come back: waking is a system call even if there is nobody, five times a small loan's cost.
+    waiting: usize,
 }
 
 impl Pool {
@@ -53,7 +59,7 @@ impl Pool {
             free.extend(rest);
         }
         Ok(Arc::new(Self {
-            free: Mutex::new(free),
+            shelf: Mutex::new(Shelf { free, waiting: 0 }),
             came_back: Condvar::new(),
             buffer,
             _reservation: reservation,
@@ -77,16 +83,18 @@ impl Pool {
     }
 
     fn take(&self, patience: Duration) -> Option<Extent> {
-        let mut free = self.free();
-        if free.is_empty() {
-            let waited = self.came_back.wait_timeout_while(free, patience, |free| free.is_empty());
-            free = waited.unwrap_or_else(PoisonError::into_inner).0;
+        let mut shelf = self.shelf();
+        if shelf.free.is_empty() {
+            shelf.waiting += 1;
+            let waited = self.came_back.wait_timeout_while(shelf, patience, |shelf| shelf.free.is_empty());
+            shelf = waited.unwrap_or_else(PoisonError::into_inner).0;
+            shelf.waiting -= 1;
         }
-        free.pop()
+        shelf.free.pop()
     }
 
-    fn free(&self) -> MutexGuard<'_, Vec<Extent>> {
-        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    fn shelf(&self) -> MutexGuard<'_, Shelf> {
+        self.shelf.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -108,8 +116,13 @@ impl Drop for Loan<'_> {
     fn drop(&mut self) {
         if let Some(mut buffer) = self.buffer.take() {
             wipe(&mut buffer[..self.length]);
-            self.pool.free().push(buffer);
-            self.pool.came_back.notify_one();
+            let mut shelf = self.pool.shelf();
+            shelf.free.push(buffer);
+            let somebody_waits = shelf.waiting > 0;
+            drop(shelf);
+            if somebody_waits {
+                self.pool.came_back.notify_one();
+            }
         }
     }
 }
@@ -130,7 +143,7 @@ mod tests {
     fn a_reply_sees_the_secret_and_the_buffer_is_wiped_after_it() {
         let (_memory, pool) = pool(16, page_size(), 2);
         assert_eq!(pool.lend(b"hunter2", Duration::ZERO, <[u8]>::to_vec).unwrap(), b"hunter2");
-        assert!(pool.free().iter().all(|buffer| buffer.iter().all(|byte| *byte == 0)));
+        assert!(pool.shelf().free.iter().all(|buffer| buffer.iter().all(|byte| *byte == 0)));
     }
 
     #[test]
@@ -145,8 +158,8 @@ mod tests {
         let (_memory, pool) = pool(16, page_size(), 1);
         let lend = || pool.lend(b"hunter2", Duration::ZERO, |_| panic!("a reply panics"));
         assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(lend)).is_err());
-        assert_eq!(pool.free().len(), 1);
-        assert!(pool.free()[0].iter().all(|byte| *byte == 0));
+        assert_eq!(pool.shelf().free.len(), 1);
+        assert!(pool.shelf().free[0].iter().all(|byte| *byte == 0));
     }
 
     #[test]
@@ -173,7 +186,7 @@ mod tests {
     #[test]
     fn buffers_do_not_overlap() {
         let (_memory, pool) = pool(64, 2 * page_size(), 4);
-        let free = pool.free();
+        let free = &pool.shelf().free;
         assert_eq!(free.len(), 4);
         let mut starts: Vec<_> = free.iter().map(|buffer| buffer.offset()).collect();
         starts.sort_unstable();
@@ -184,11 +197,11 @@ mod tests {
     #[test]
     fn the_pool_takes_a_quarter_at_most_first_smaller_then_fewer_buffers() {
         let (memory, few) = pool(16, 32 * page_size(), 8);
-        assert_eq!((few.buffer_size(), few.free().len()), (page_size(), 4));
+        assert_eq!((few.buffer_size(), few.shelf().free.len()), (page_size(), 4));
         assert_eq!(memory.used(), 4 * page_size());
         let (_memory, smaller) = pool(64, 32 * page_size(), 2);
-        assert_eq!((smaller.buffer_size(), smaller.free().len()), (8 * page_size(), 2));
+        assert_eq!((smaller.buffer_size(), smaller.shelf().free.len()), (8 * page_size(), 2));
         let (_memory, last) = pool(1, 32 * page_size(), 8);
-        assert_eq!((last.buffer_size(), last.free().len()), (page_size(), 1));
+        assert_eq!((last.buffer_size(), last.shelf().free.len()), (page_size(), 1));
     }
 }
