@@ -291,12 +291,7 @@ mod tests {
     #[test]
     fn pages_of_both_kinds_are_locked_not_inherited_and_not_dumped() {
         let here = SecretMemory::with_limit(4 * page_size()).unwrap();
-        let fallback = Arc::new(SecretMemory {
-            used: AtomicUsize::new(0),
-            limit: here.limit,
-            remedy: here.remedy,
-            backing: Backing::Locked,
-        });
+        let fallback = fallback(&here);
         for memory in [here, fallback] {
             let mut pages = memory.allocate(10).unwrap();
             pages.expose_mut().fill(7);
@@ -314,15 +309,27 @@ mod tests {
         }
     }
 
+    /// As on a kernel without `memfd_secret(2)`.
+    fn fallback(memory: &SecretMemory) -> Arc<SecretMemory> {
+        let used = AtomicUsize::new(0);
+        let (limit, remedy, backing) = (memory.limit, memory.remedy, Backing::Locked);
+        Arc::new(SecretMemory { used, limit, remedy, backing })
+    }
+
     /// Fills all there is, and shows that refusals leave what is held intact.
     fn works_under_a_limit(limit: u64) {
         let limit = usize::try_from(limit).unwrap();
         assert!(Locked::read().unwrap().room().is_some(), "the limit counts for this process");
         let memory = SecretMemory::new().unwrap();
+        serves_until_full(&memory, limit);
+        serves_until_full(&fallback(&memory), limit);
+    }
+
+    fn serves_until_full(memory: &Arc<SecretMemory>, limit: usize) {
         assert_eq!(memory.limit(), limit);
-        let pool = Pool::new(&memory, 128 << 10, 16).unwrap();
+        let pool = Pool::new(memory, 128 << 10, 16).unwrap();
         assert!(memory.used() <= limit / 4, "most is left for values");
-        let arena = Arena::new(Arc::clone(&memory));
+        let arena = Arena::new(Arc::clone(memory));
         let mut blobs = Vec::new();
         let refused = loop {
             let byte = u8::try_from(blobs.len() % 251).unwrap();
