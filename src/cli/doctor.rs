@@ -1,45 +1,20 @@
-//! `fuse-secrets doctor`: what this node gives, and what is lost without it. [`Facts`] are gathered from the kernel;
+//! `fuse-secrets doctor`: what this node gives, and what is lost without it. Facts are gathered from the kernel; the
 //! [`Report`] is judged from them alone, so that every verdict is tested with recorded facts.
 
 use std::fmt;
-use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
 use crate::secret::harden::Swap;
-use crate::secret::locked::Locked;
-use crate::secret::pages::{Backing, MemoryError, SecretMemory};
+use crate::secret::pages::Backing;
 
+mod facts;
 mod table;
+mod version;
 
-/// What is asked of one node: raw, as the kernel says it.
-struct Facts {
-    /// `uname -r`.
-    release: String,
-    root: bool,
-    /// Opening /dev/fuse for reading and writing.
-    fuse_device: io::Result<()>,
-    fusermount: Option<Fusermount>,
-    /// /etc/fuse.conf; empty where there is none.
-    fuse_conf: String,
-    /// What secret pages are made of, one page tried.
-    backing: Result<Backing, String>,
-    /// Whether the kernel knows secret memory at all, switched on or off.
-    knows_secret_memory: bool,
-    locked: io::Result<Locked>,
-    swap: io::Result<Swap>,
-    /// The sysctls `fs.fuse.default_request_timeout` and `max_request_timeout` in seconds; 0: none.
-    request_timeouts: [u64; 2],
-}
-
-/// The program with which an ordinary user mounts.
-struct Fusermount {
-    path: PathBuf,
-    setuid: bool,
-}
+use facts::{Facts, Fusermount};
+use version::Version;
 
 /// How a check came out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -104,31 +79,6 @@ impl fmt::Display for Report {
 }
 
 impl Facts {
-    fn gather() -> Self {
-        let text = |path: &str| fs::read_to_string(path).unwrap_or_default();
-        // Before 6.15 the kernel has no such timeouts.
-        let seconds = |name: &str| text(&format!("/proc/sys/fs/fuse/{name}")).trim().parse().unwrap_or(0);
-        // Read before secret memory is tried, which raises the soft limit.
-        let locked = Locked::read();
-        let backing = SecretMemory::new().map(|memory| memory.backing()).map_err(|error| match error {
-            MemoryError::Kernel(source) => source.to_string(),
-            full @ MemoryError::Full { .. } => full.to_string(),
-        });
-        let device = OpenOptions::new().read(true).write(true).open("/dev/fuse");
-        Self {
-            release: text("/proc/sys/kernel/osrelease").trim().to_owned(),
-            root: rustix::process::geteuid().is_root(),
-            fuse_device: device.map(|_: File| ()),
-            fusermount: Fusermount::find(std::env::var_os("PATH").unwrap_or_default().as_ref()),
-            fuse_conf: text("/etc/fuse.conf"),
-            backing,
-            knows_secret_memory: Path::new("/sys/module/secretmem/parameters/enable").exists(),
-            locked,
-            swap: Swap::read(),
-            request_timeouts: ["default_request_timeout", "max_request_timeout"].map(seconds),
-        }
-    }
-
     fn judge(&self) -> Report {
         Report {
             checks: vec![
@@ -280,17 +230,6 @@ impl Facts {
     }
 }
 
-impl Fusermount {
-    fn find(path: &Path) -> Option<Self> {
-        let program = |directory: PathBuf| {
-            let path = directory.join("fusermount3");
-            let mode = fs::metadata(&path).ok().filter(fs::Metadata::is_file)?.permissions().mode();
-            (mode & 0o111 != 0).then_some(Self { path, setuid: mode & 0o4000 != 0 })
-        };
-        std::env::split_paths(path).find_map(program)
-    }
-}
-
 impl Check {
     fn of(check: &'static str, found: impl Into<String>) -> Self {
         Self { check, verdict: Verdict::Good, found: found.into(), remedy: String::new() }
@@ -302,28 +241,6 @@ impl Check {
 
     fn lost(self, remedy: impl Into<String>) -> Self {
         Self { verdict: Verdict::Lost, remedy: remedy.into(), ..self }
-    }
-}
-
-/// A kernel's version: `6.18.44-generic` is (6, 18, 44).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Version(u32, u32, u32);
-
-impl Version {
-    fn parse(release: &str) -> Option<Self> {
-        let numbers = release.split(|c: char| !c.is_ascii_digit() && c != '.').next()?;
-        let mut numbers = numbers.split('.').map(|number| number.parse().ok());
-        Some(Self(numbers.next()??, numbers.next()??, numbers.next().flatten().unwrap_or(0)))
-    }
-
-    /// Whether `FUSE_NOTIFY_RESEND` is free of CVE-2026-64265 (a use after free). An allow-list: only what is known good.
-    fn resends_safely(self) -> bool {
-        let Self(major, minor, patch) = self;
-        match (major, minor) {
-            (6, 12) => patch >= 96,
-            (6, 18) => patch >= 39,
-            _ => self >= Self(7, 1, 4),
-        }
     }
 }
 
@@ -339,6 +256,7 @@ fn bytes(size: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::secret::locked::Locked;
 
     /// A node with everything, as an ordinary user of it sees it.
     fn facts() -> Facts {
@@ -433,28 +351,6 @@ mod tests {
         facts.swap = Ok(Swap::On);
         facts.locked = Ok(Locked { soft: Some(65_536), hard: Some(65_536), held: 0, exempt: true });
         assert_eq!(verdict(&facts, "swap").0, Verdict::Good);
-    }
-
-    #[test]
-    fn resend_is_used_only_on_kernels_known_to_be_safe() {
-        for (release, safe) in [
-            ("6.1.0-40-amd64", false),
-            ("6.12.95", false),
-            ("6.12.96", true),
-            ("6.12.117+deb13-amd64", true),
-            ("6.13.99", false),
-            ("6.17.200", false),
-            ("6.18.38", false),
-            ("6.18.39", true),
-            ("6.19.50", false),
-            ("7.0.99", false),
-            ("7.1.3", false),
-            ("7.1.4", true),
-            ("7.2.0-rc1", true),
-            ("8.0", true),
-        ] {
-            assert_eq!(Version::parse(release).unwrap().resends_safely(), safe, "{release}");
-        }
     }
 
     #[test]
