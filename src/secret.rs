@@ -5,7 +5,7 @@
 //! | on its way (an HTTP answer, a token) | [`SecretBytes`], [`Token`] | heap, wiped by the type and again by [`alloc::Wiping`] |
 //! | at rest, shared | [`arena::Blob`] | packed into secret pages |
 //! | at rest, in a volume | a generation's snapshot | [`pages::Pages`] of its own |
-//! | on its way into the kernel | [`bounce::Buffer`] | locked ordinary pages, wiped after each reply |
+//! | on its way into the kernel | a buffer of [`bounce::Pool`] | locked ordinary pages, wiped after each reply |
 
 /// The process allocator: wipes every block that is freed.
 pub mod alloc;
@@ -13,10 +13,21 @@ pub mod alloc;
 pub mod arena;
 /// Locked ordinary memory for replies: the kernel cannot read from secret pages.
 pub mod bounce;
+#[cfg(test)]
+mod child;
+/// The process closed to dumps, tracers and swap.
+pub mod harden;
+/// How much memory this process may lock.
+pub mod locked;
 /// Pages of `memfd_secret(2)`, or of locked memory where the kernel has none; counted against a limit.
 pub mod pages;
 
 use zeroize::{Zeroize, Zeroizing};
+
+/// Overwrites with zeros, in a way that the compiler must not leave out.
+pub fn wipe(bytes: &mut [u8]) {
+    zeroize::zeroize_bytes(bytes);
+}
 
 /// Bytes that are wiped on drop. Made by moving a buffer in, never by copying from a longer-lived one.
 pub struct SecretBytes(Zeroizing<Vec<u8>>);

@@ -1,5 +1,18 @@
-//! System calls that rustix lacks: the only unsafe code of this crate.
-#![allow(unsafe_code, reason = "the one module that may; each block lists its invariants")]
+//! System calls that rustix lacks, behind safe functions and owned types. The only unsafe code of this crate, but for the
+//! [allocator](crate::secret::alloc), which is unsafe by contract.
+
+#![allow(unsafe_code, reason = "this is the module where it is allowed; every block states its invariants")]
 
 /// Descriptors.
 pub mod fd;
+/// Mapped memory as owned values: unreadable for others, locked, wiped when dropped.
+pub mod mapping;
+
+/// Size of a page in bytes: 4 KiB on most machines, up to 64 KiB on arm64. Never allocates.
+#[must_use]
+pub fn page_size() -> usize {
+    // SAFETY: sysconf takes a number and touches no memory of ours.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    // POSIX knows no failure for this name; 4 KiB is the smallest page of any supported machine.
+    usize::try_from(size).unwrap_or(4096)
+}
