@@ -14,21 +14,51 @@
 //! The store moves a value to the right by its silence and to the left by its answers; nobody else does. A value that no
 //! volume holds any more is wiped at once.
 
+/// Which request goes next: so many in flight, lanes by turns.
+mod budget;
 /// The tokio user of the machine.
 pub mod driver;
 /// One value's states.
-pub mod entry;
-/// One identity's login: none, asked, held, renewing.
+mod entry;
+/// One identity's login: absent, asked, held, being replaced, failed.
 pub mod identity;
 /// The sans-IO machine.
 pub mod machine;
 /// When what is due: jitter, refresh ahead of expiry, back-off.
-pub mod schedule;
+mod schedule;
 /// What readers see of an entry, without asking the machine.
 pub mod slot;
 
 pub use driver::{Cache, CacheError, Registration, Subscriber};
 pub use slot::{Slot, State, Value};
+
+/// Why keys cannot be registered.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum CacheError {
+    /// A limit is reached.
+    #[error("the cache is full: {used} of {limit} {what} in use, {wanted} more wanted; {remedy}")]
+    Limit {
+        /// What there is too much of.
+        what: &'static str,
+        /// How much is in use.
+        used: usize,
+        /// How much more was asked for.
+        wanted: usize,
+        /// How much there may be.
+        limit: usize,
+        /// What to change.
+        remedy: &'static str,
+    },
+    /// The keys cannot stand in one registration.
+    #[error("keys of one registration {rule}")]
+    Keys {
+        /// The broken rule.
+        rule: &'static str,
+    },
+    /// The agent is stopping.
+    #[error("the cache has stopped: nothing can be registered any more")]
+    Stopped,
+}
 
 /// Bounds of the cache; what goes beyond is refused with the limit's name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,12 +1,12 @@
 //! What readers see of an entry without asking the machine: one [`Slot`] per key, shared by the driver (the only writer)
-//! and every volume that holds the key. Reading its freshness is two atomic loads: `open(2)` does it each time.
+//! and every volume that holds the key. Reading its freshness is a few atomic loads: `open(2)` does it each time.
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock, RwLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::secret::arena::Blob;
-use crate::store::Lease;
+use crate::store::{Lease, StoreError};
 use crate::time::Moment;
 
 /// A held answer.
@@ -53,8 +53,17 @@ pub struct Slot {
     state: AtomicU8,
     /// Milliseconds on [`epoch`]'s clock when the store last answered; 0: never.
     refreshed_at: AtomicU64,
+    /// Milliseconds that a leased value may be used from then; 0: it is not leased.
+    leased_for: AtomicU64,
     value: RwLock<Option<Arc<Value>>>,
     report: RwLock<Report>,
+    failure: RwLock<Option<(Instant, StoreError)>>,
+}
+
+/// How old a value may get: `max_age`, but a leased one its lease, since reading it again makes a new secret.
+pub(super) fn age_limit(lease: &Lease, max_age: Duration) -> Duration {
+    let leased = lease.id.as_ref().and(lease.duration).filter(|life| !life.is_zero());
+    leased.unwrap_or(max_age).min(super::schedule::EVER)
 }
 
 fn epoch() -> Instant {
@@ -68,8 +77,10 @@ impl Default for Slot {
         Self {
             state: AtomicU8::new(State::Empty as u8),
             refreshed_at: AtomicU64::new(0),
+            leased_for: AtomicU64::new(0),
             value: RwLock::new(None),
             report: RwLock::new(Report::default()),
+            failure: RwLock::new(None),
         }
     }
 }
@@ -95,15 +106,79 @@ impl Slot {
         }
     }
 
+    /// Whether a value is held that is no older than `max_age` (a leased one: than its lease). If not, an `open` asks for a
+    /// refresh.
+    #[must_use]
+    pub fn is_young(&self, max_age: Duration, now: Moment) -> bool {
+        let limit = match self.leased_for.load(Ordering::Acquire) {
+            0 => max_age,
+            leased => Duration::from_millis(leased),
+        };
+        matches!(self.state(), State::Fresh | State::Stale) && self.age(now).is_some_and(|age| age <= limit)
+    }
+
     /// The held value; `None` while Empty or Gone.
     #[must_use]
     pub fn value(&self) -> Option<Arc<Value>> {
-        self.value.read().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+        read(&self.value).clone()
     }
 
     /// What people ask.
     #[must_use]
     pub fn report(&self) -> Report {
-        self.report.read().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+        read(&self.report).clone()
     }
+
+    /// The last failure, if no answer came after it and it is no older than `since`.
+    pub(super) fn failure(&self, since: Instant) -> Option<StoreError> {
+        read(&self.failure).as_ref().filter(|(at, _)| *at >= since).map(|(_, error)| error.clone())
+    }
+
+    /// The store answered: with another value, or (`None`) with the one that is held.
+    pub(super) fn publish(&self, value: Option<Arc<Value>>, lease: &Lease, now: Moment) {
+        if let Some(value) = value {
+            *write(&self.value) = Some(value);
+        }
+        *write(&self.failure) = None;
+        {
+            let mut report = write(&self.report);
+            report.refreshed = Some(now.wall);
+            report.failing_since = None;
+        }
+        self.leased_for.store(millis(age_limit(lease, Duration::ZERO)), Ordering::Release);
+        let at = now.monotonic.saturating_duration_since(epoch());
+        self.refreshed_at.store(millis(at).saturating_add(1), Ordering::Release);
+        self.state.store(State::Fresh as u8, Ordering::Release);
+    }
+
+    /// A read failed.
+    pub(super) fn fail(&self, state: State, error: StoreError, now: Moment) {
+        {
+            let mut report = write(&self.report);
+            report.failing_since.get_or_insert(now.wall);
+            report.last_error = Some(error.to_string());
+        }
+        *write(&self.failure) = Some((now.monotonic, error));
+        self.age_to(state);
+    }
+
+    /// Time passed.
+    pub(super) fn age_to(&self, state: State) {
+        self.state.store(state as u8, Ordering::Release);
+        if matches!(state, State::Empty | State::Gone) {
+            *write(&self.value) = None;
+        }
+    }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
+    lock.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
+    lock.write().unwrap_or_else(PoisonError::into_inner)
 }

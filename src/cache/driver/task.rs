@@ -1,0 +1,568 @@
+//! The task's half of [`super`]: everything here runs on one task, so nothing is locked.
+
+use std::collections::{BTreeMap, HashMap};
+use std::future::Future;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use rand::rngs::SmallRng;
+use serde_json::value::RawValue;
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::task::JoinSet;
+
+use super::{Command, Done, Registration, Subscriber, shielded};
+use crate::cache::identity::Terms;
+use crate::cache::machine::{Action, EntryId, Event, FlightId, HolderId, IdentityId, Machine, WantId};
+use crate::cache::{CacheError, Limits, Slot, State, Value};
+use crate::metrics::Metrics;
+use crate::reference::{Freshness, Identity, Key};
+use crate::secret::Token;
+use crate::secret::arena::Arena;
+use crate::store::{Answer, Credential, ErrorKind, Lease, Login, Store, StoreError};
+use crate::time::Moment;
+
+/// A store that does not keep its deadline is cut off this long after it.
+const OVERTIME: Duration = Duration::from_secs(1);
+/// For giving tokens back: how many at once, and how long each may take in all.
+const REVOCATIONS: usize = 8;
+const REVOCATION_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How a request ended.
+enum Ended {
+    LoggedIn { flight: FlightId, identity: Arc<Identity>, ours: bool, result: Result<Login, StoreError> },
+    Renewed(FlightId, Result<Login, StoreError>),
+    Answered(FlightId, EntryId, Result<Answer, StoreError>),
+    Revoked,
+}
+
+/// What an event brought beside itself; the machine's actions say where it goes. What they do not want is wiped.
+enum Cargo {
+    None,
+    /// A login's token, whose it is, and whether the login made it.
+    Token {
+        token: Token,
+        identity: Arc<Identity>,
+        ours: bool,
+    },
+    /// The token in use, prolonged.
+    Prolonged(Token),
+    /// `None`: the held value is still the store's.
+    Value(Option<Value>, Lease),
+}
+
+/// An identity in use.
+struct Account {
+    identity: Arc<Identity>,
+    /// One per registration, the newest last: a login uses that one, as it is the one that ends last.
+    credentials: Vec<(HolderId, Arc<Credential>)>,
+    token: Option<Arc<Token>>,
+    /// Whether a login of ours made the token.
+    ours: bool,
+}
+
+struct Holder {
+    identity: IdentityId,
+    subscriber: Arc<dyn Subscriber>,
+    progress: watch::Sender<()>,
+}
+
+/// What a holder is told after an event.
+#[derive(Default)]
+struct News {
+    changed: Vec<Key>,
+    states: Vec<Key>,
+}
+
+pub(super) struct Task<S> {
+    store: Arc<S>,
+    arena: Arc<Arena>,
+    limits: Limits,
+    metrics: Arc<Metrics>,
+    machine: Machine,
+    rng: SmallRng,
+    slots: HashMap<EntryId, Arc<Slot>>,
+    accounts: HashMap<IdentityId, Account>,
+    holders: HashMap<HolderId, Holder>,
+    wants: HashMap<WantId, Done>,
+    requests: JoinSet<Ended>,
+    revocations: Arc<Semaphore>,
+    bytes: usize,
+    last_id: u64,
+}
+
+impl<S: Store> Task<S> {
+    pub(super) fn new(store: Arc<S>, arena: Arc<Arena>, limits: Limits, metrics: Arc<Metrics>) -> Self {
+        Self {
+            store,
+            arena,
+            limits,
+            metrics,
+            machine: Machine::new(limits),
+            rng: rand::make_rng(),
+            slots: HashMap::new(),
+            accounts: HashMap::new(),
+            holders: HashMap::new(),
+            wants: HashMap::new(),
+            requests: JoinSet::new(),
+            revocations: Arc::new(Semaphore::new(REVOCATIONS)),
+            bytes: 0,
+            last_id: 0,
+        }
+    }
+
+    /// Runs until [`Command::Stop`], or until nobody can send a command any more.
+    pub(super) async fn run(
+        mut self,
+        mut inbox: mpsc::Receiver<Command>,
+        mut left: mpsc::UnboundedReceiver<HolderId>,
+    ) {
+        let stopped = loop {
+            let wake_at = self.machine.wake_at();
+            let wake = async {
+                match wake_at {
+                    Some(at) => tokio::time::sleep_until(at.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                command = inbox.recv() => match command {
+                    None => break None,
+                    Some(Command::Stop { stopped }) => break Some(stopped),
+                    Some(command) => self.command(command),
+                },
+                Some(holder) = left.recv() => self.leave(holder),
+                Some(ended) = self.requests.join_next() => match ended {
+                    Ok(ended) => self.ended(ended),
+                    // The machine takes the request for failed when its time is over.
+                    Err(fault) => tracing::error!(%fault, "a request at a store ended by a fault of this program"),
+                },
+                () = wake => self.feed(Event::Tick, Cargo::None),
+            }
+        };
+        inbox.close();
+        while inbox.try_recv().is_ok() {}
+        for holder in self.holders.keys().copied().collect::<Vec<_>>() {
+            self.leave(holder);
+        }
+        // Each has its deadline. A login that ends only now is given back too.
+        while let Some(ended) = self.requests.join_next().await {
+            if let Ok(ended) = ended {
+                self.ended(ended);
+            }
+        }
+        if let Some(stopped) = stopped {
+            // Whoever asked may have stopped waiting.
+            let _ = stopped.send(());
+        }
+    }
+
+    fn command(&mut self, command: Command) {
+        match command {
+            Command::Register { cache, keys, credential, freshness, subscriber, reply } => {
+                let admitted = self.register(keys, credential, freshness, subscriber);
+                let registration = admitted.map(|(holder, held, progress)| Registration {
+                    cache,
+                    holder,
+                    since: now().monotonic,
+                    held,
+                    progress,
+                });
+                // If nobody waits for it any more, its drop takes it back.
+                let _ = reply.send(registration);
+            }
+            Command::Credential { holder, credential } => {
+                if let Some(event) = self.remember(holder, credential) {
+                    self.feed(event, Cargo::None);
+                }
+            }
+            Command::Want { holder, entries, patience, done } => {
+                let want = WantId(self.number());
+                self.wants.insert(want, done);
+                let until = now().monotonic + patience;
+                self.feed(Event::Want { want, holder, entries, until }, Cargo::None);
+            }
+            Command::Stop { .. } => {}
+        }
+    }
+
+    #[allow(
+        clippy::type_complexity,
+        reason = "the three parts of a registration that the task knows, used once"
+    )]
+    fn register(
+        &mut self,
+        keys: Vec<Key>,
+        credential: Arc<Credential>,
+        freshness: Freshness,
+        subscriber: Arc<dyn Subscriber>,
+    ) -> Result<(HolderId, HashMap<Key, (EntryId, Arc<Slot>)>, watch::Receiver<()>), CacheError> {
+        self.machine.admit(&keys)?;
+        if self.bytes >= self.limits.bytes && keys.iter().any(|key| self.machine.entry(key).is_none()) {
+            return Err(CacheError::Limit {
+                what: "bytes",
+                used: self.bytes,
+                wanted: 1,
+                limit: self.limits.bytes,
+                remedy: "mount fewer or smaller secrets on this node or raise the cache's limit of bytes",
+            });
+        }
+        let holder = HolderId(self.number());
+        let identity = Arc::clone(&keys[0].identity);
+        let (progress, follow) = watch::channel(());
+        let event = Event::Register { holder, keys: keys.clone(), freshness };
+        let actions = self.machine.on(event, now(), &mut self.rng);
+        let Some(id) = self.machine.identity(&identity) else { return Err(CacheError::Stopped) };
+        self.holders.insert(holder, Holder { identity: id, subscriber, progress });
+        self.accounts.entry(id).or_insert_with(|| Account {
+            identity,
+            credentials: Vec::new(),
+            token: None,
+            ours: false,
+        });
+        let mut held = HashMap::with_capacity(keys.len());
+        for key in keys {
+            let Some(entry) = self.machine.entry(&key) else { continue };
+            let slot = Arc::clone(self.slots.entry(entry).or_default());
+            if slot.value().is_none() {
+                self.metrics.cache_misses.increment();
+            }
+            held.insert(key, (entry, slot));
+        }
+        let changed = self.remember(holder, credential);
+        self.perform(actions, Cargo::None);
+        if let Some(event) = changed {
+            self.feed(event, Cargo::None);
+        }
+        Ok((holder, held, follow))
+    }
+
+    fn leave(&mut self, holder: HolderId) {
+        if let Some(Holder { identity, .. }) = self.holders.remove(&holder)
+            && let Some(account) = self.accounts.get_mut(&identity)
+        {
+            account.credentials.retain(|(other, _)| *other != holder);
+        }
+        self.feed(Event::Unregister { holder }, Cargo::None);
+    }
+
+    /// Makes a credential its identity's newest. Returns what the machine must hear of it: nothing of the first, nor of one
+    /// that says the same.
+    fn remember(&mut self, holder: HolderId, credential: Arc<Credential>) -> Option<Event> {
+        let identity = self.holders.get(&holder)?.identity;
+        let account = self.accounts.get_mut(&identity)?;
+        let changed = account.credentials.last().is_some_and(|(_, newest)| !is_same(newest, &credential));
+        let replaces_token = matches!(*credential, Credential::Token(_) | Credential::TokenFile(_));
+        account.credentials.retain(|(other, _)| *other != holder);
+        account.credentials.push((holder, credential));
+        changed.then_some(Event::Credential { identity, replaces_token })
+    }
+
+    fn ended(&mut self, ended: Ended) {
+        match ended {
+            Ended::LoggedIn { flight, identity, ours, result } => {
+                let (result, cargo) = parted(result, |token| Cargo::Token { token, identity, ours });
+                self.feed(Event::LoggedIn { flight, result }, cargo);
+            }
+            Ended::Renewed(flight, result) => {
+                let (result, cargo) = parted(result, Cargo::Prolonged);
+                self.feed(Event::LoggedIn { flight, result }, cargo);
+            }
+            Ended::Answered(flight, entry, result) => {
+                let kept = result.and_then(|answer| self.keep(entry, answer));
+                let (result, cargo) = match kept {
+                    Ok((value, lease)) => (Ok(lease.clone()), Cargo::Value(value, lease)),
+                    Err(error) => (Err(error), Cargo::None),
+                };
+                self.feed(Event::Answered { flight, result }, cargo);
+            }
+            Ended::Revoked => {}
+        }
+    }
+
+    /// Moves an answer into secret pages, unless it says what is already held.
+    fn keep(&self, entry: EntryId, answer: Answer) -> Result<(Option<Value>, Lease), StoreError> {
+        let Answer { body, lease, version, created } = answer;
+        let held = self.slots.get(&entry).and_then(|slot| slot.value());
+        if let Some(held) = &held
+            && held.lease.id == lease.id
+            && held.version == version
+            && says_the_same(held.body.expose(), body.expose())
+        {
+            return Ok((None, lease));
+        }
+        let freed = held.map_or(0, |held| held.body.expose().len());
+        let wanted = body.len();
+        let full = |answered: String| StoreError {
+            kind: ErrorKind::Local,
+            asked: format!(
+                "keeping the answer of {}",
+                self.machine.key(entry).map_or_else(String::new, |key| key.request.to_string())
+            ),
+            answered,
+            remedy: Some("mount fewer or smaller secrets on this node or raise its limits".to_owned()),
+            retry_after: None,
+        };
+        if self.bytes - freed + wanted > self.limits.bytes {
+            return Err(full(format!(
+                "the cache is full: {} of {} bytes in use, {wanted} more wanted",
+                self.bytes - freed,
+                self.limits.bytes
+            )));
+        }
+        let body = self.arena.store(body).map_err(|error| full(error.to_string()))?;
+        Ok((Some(Value { body, lease: lease.clone(), version, created, read_at: now() }), lease))
+    }
+
+    fn feed(&mut self, event: Event, cargo: Cargo) {
+        let actions = self.machine.on(event, now(), &mut self.rng);
+        self.perform(actions, cargo);
+    }
+
+    fn perform(&mut self, actions: Vec<Action>, mut cargo: Cargo) {
+        let mut news: BTreeMap<HolderId, News> = BTreeMap::new();
+        for action in actions {
+            match action {
+                Action::Login { flight, identity, deadline } => self.log_in(flight, identity, deadline),
+                Action::Renew { flight, identity, deadline } => self.renew(flight, identity, deadline),
+                Action::Read { flight, identity, entry, deadline } => {
+                    self.read(flight, identity, entry, deadline);
+                }
+                Action::Hold { identity } => {
+                    let Some(account) = self.accounts.get_mut(&identity) else { continue };
+                    match std::mem::replace(&mut cargo, Cargo::None) {
+                        Cargo::Token { token, ours, .. } => {
+                            account.token = Some(Arc::new(token));
+                            account.ours = ours;
+                        }
+                        Cargo::Prolonged(token) => account.token = Some(Arc::new(token)),
+                        Cargo::None | Cargo::Value(..) => {}
+                    }
+                }
+                Action::Forget { identity } => self.forget(identity),
+                Action::Publish { entry } => {
+                    if let Cargo::Value(value, lease) = std::mem::replace(&mut cargo, Cargo::None) {
+                        self.publish(entry, value, &lease, &mut news);
+                    }
+                }
+                Action::Fail { entry, state, error } => {
+                    self.metrics.cache_refresh_failures.increment();
+                    if let Some(slot) = self.slots.get(&entry) {
+                        let moved = slot.state() != state;
+                        slot.fail(state, error, now());
+                        self.tell(entry, &mut news, |news, key| {
+                            if moved {
+                                news.states.push(key.clone());
+                            }
+                        });
+                    }
+                }
+                Action::Age { entry, state } => {
+                    self.age_to(entry, state);
+                    self.tell(entry, &mut news, |news, key| news.states.push(key.clone()));
+                }
+                Action::Drop { entry } => {
+                    self.age_to(entry, State::Empty);
+                    self.slots.remove(&entry);
+                }
+                Action::Wake { want, waited, fresh } => self.wake(want, waited, fresh),
+            }
+        }
+        if let Cargo::Token { token, identity, ours: true } = cargo {
+            // A login that ended after its last volume had gone.
+            self.revoke(identity, Arc::new(token));
+        }
+        self.metrics.cache_entries.set(self.machine.len() as u64);
+        self.metrics.cache_bytes.set(self.bytes as u64);
+        for (holder, News { changed, states }) in news {
+            let Some(holder) = self.holders.get(&holder) else { continue };
+            holder.progress.send_replace(());
+            if !changed.is_empty() {
+                shielded(|| holder.subscriber.changed(&changed));
+            }
+            if !states.is_empty() {
+                shielded(|| holder.subscriber.state_changed(&states));
+            }
+        }
+    }
+    /// Notes what to tell the holders of an entry.
+    fn tell(&self, entry: EntryId, news: &mut BTreeMap<HolderId, News>, note: impl Fn(&mut News, &Key)) {
+        let Some(key) = self.machine.key(entry) else { return };
+        for holder in self.machine.holders(entry) {
+            note(news.entry(holder).or_default(), key);
+        }
+    }
+
+    fn publish(
+        &mut self,
+        entry: EntryId,
+        value: Option<Value>,
+        lease: &Lease,
+        news: &mut BTreeMap<HolderId, News>,
+    ) {
+        let Some(slot) = self.slots.get(&entry) else { return };
+        self.metrics.cache_refreshes.increment();
+        let moved = slot.state() != State::Fresh;
+        let held = slot.value();
+        let changed = value.as_ref().is_some_and(|new| {
+            held.as_ref().is_none_or(|held| !says_the_same(held.body.expose(), new.body.expose()))
+        });
+        if let Some(new) = &value {
+            self.bytes += new.body.expose().len();
+            self.bytes -= held.map_or(0, |held| held.body.expose().len());
+        }
+        slot.publish(value.map(Arc::new), lease, now());
+        self.tell(entry, news, |news, key| {
+            if changed {
+                news.changed.push(key.clone());
+            }
+            if moved {
+                news.states.push(key.clone());
+            }
+        });
+    }
+
+    fn age_to(&mut self, entry: EntryId, state: State) {
+        let Some(slot) = self.slots.get(&entry) else { return };
+        let held = slot.value().map_or(0, |held| held.body.expose().len());
+        slot.age_to(state);
+        if slot.value().is_none() {
+            self.bytes -= held;
+        }
+    }
+
+    fn wake(&mut self, want: WantId, waited: bool, fresh: bool) {
+        if waited {
+            self.metrics.cache_misses.increment();
+        }
+        if !fresh {
+            self.metrics.cache_stale_serves.increment();
+        } else if !waited {
+            self.metrics.cache_hits.increment();
+        }
+        drop(self.wants.remove(&want));
+    }
+
+    fn log_in(&mut self, flight: FlightId, identity: IdentityId, deadline: Instant) {
+        let Some(account) = self.accounts.get(&identity) else { return };
+        let Some((_, credential)) = account.credentials.last() else { return };
+        let ours = makes_tokens(credential);
+        let (store, identity, credential) =
+            (Arc::clone(&self.store), Arc::clone(&account.identity), Arc::clone(credential));
+        self.requests.spawn(async move {
+            let result = in_time("login", deadline, store.login(&identity, &credential, deadline)).await;
+            Ended::LoggedIn { flight, identity, ours, result }
+        });
+    }
+
+    fn renew(&mut self, flight: FlightId, identity: IdentityId, deadline: Instant) {
+        let Some(account) = self.accounts.get(&identity) else { return };
+        let Some(token) = account.token.clone() else { return };
+        let (store, identity) = (Arc::clone(&self.store), Arc::clone(&account.identity));
+        self.requests.spawn(async move {
+            let result =
+                in_time("renewal of the token", deadline, store.renew(&identity, &token, deadline)).await;
+            Ended::Renewed(flight, result)
+        });
+    }
+
+    fn read(&mut self, flight: FlightId, identity: IdentityId, entry: EntryId, deadline: Instant) {
+        let Some(account) = self.accounts.get(&identity) else { return };
+        let (Some(token), Some(key)) = (account.token.clone(), self.machine.key(entry)) else { return };
+        let (store, key) = (Arc::clone(&self.store), Arc::clone(key));
+        self.requests.spawn(async move {
+            let read = store.read(&key.identity, &token, &key.request, deadline);
+            let result = in_time(&key.request.path, deadline, read).await;
+            Ended::Answered(flight, entry, result)
+        });
+    }
+
+    fn forget(&mut self, identity: IdentityId) {
+        let Some(Account { identity, token, ours, .. }) = self.accounts.remove(&identity) else { return };
+        if let (Some(token), true) = (token, ours) {
+            self.revoke(identity, token);
+        }
+    }
+
+    fn revoke(&mut self, identity: Arc<Identity>, token: Arc<Token>) {
+        let (store, turns) = (Arc::clone(&self.store), Arc::clone(&self.revocations));
+        let deadline = now().monotonic + REVOCATION_PATIENCE;
+        self.requests.spawn(async move {
+            let revocation = async {
+                let _turn = turns.acquire().await;
+                store.revoke(&identity, &token, deadline).await
+            };
+            if let Err(error) = in_time("revocation of the token", deadline, revocation).await {
+                tracing::warn!(%error, "a token was not given back; it ends by itself");
+            }
+            Ended::Revoked
+        });
+    }
+
+    fn number(&mut self) -> u64 {
+        self.last_id += 1;
+        self.last_id
+    }
+}
+
+/// The present on tokio's clock, which tests can stop.
+fn now() -> Moment {
+    Moment { monotonic: tokio::time::Instant::now().into_std(), wall: SystemTime::now() }
+}
+
+/// The terms for the machine, the token for the account.
+fn parted(
+    result: Result<Login, StoreError>,
+    load: impl FnOnce(Token) -> Cargo,
+) -> (Result<Terms, StoreError>, Cargo) {
+    match result {
+        Ok(Login { token, renewable, ttl }) => (Ok(Terms { renewable, ttl }), load(token)),
+        Err(error) => (Err(error), Cargo::None),
+    }
+}
+
+/// Cuts off a store that does not keep its deadline.
+async fn in_time<T>(
+    asked: &str,
+    deadline: Instant,
+    request: impl Future<Output = Result<T, StoreError>>,
+) -> Result<T, StoreError> {
+    match tokio::time::timeout_at((deadline + OVERTIME).into(), request).await {
+        Ok(result) => result,
+        Err(_) => Err(StoreError {
+            kind: ErrorKind::Deadline,
+            asked: asked.to_owned(),
+            answered: "no answer within the deadline".to_owned(),
+            remedy: None,
+            retry_after: None,
+        }),
+    }
+}
+
+/// Whether two answers carry the same secret: their `data` is compared, since each answer has a request id of its own.
+fn says_the_same(held: &[u8], new: &[u8]) -> bool {
+    #[derive(serde::Deserialize)]
+    struct Body<'a> {
+        #[serde(borrow)]
+        data: Option<&'a RawValue>,
+    }
+    let data =
+        |body| serde_json::from_slice::<Body<'_>>(body).ok().and_then(|body| body.data).map(RawValue::get);
+    held == new || data(held).zip(data(new)).is_some_and(|(held, new)| held == new)
+}
+
+/// Whether a login with it makes a token that is ours to give back.
+fn makes_tokens(credential: &Credential) -> bool {
+    matches!(credential, Credential::Jwt(_) | Credential::JwtFile(_) | Credential::SecretIdFile(_))
+}
+
+fn is_same(a: &Credential, b: &Credential) -> bool {
+    match (a, b) {
+        (Credential::Jwt(a), Credential::Jwt(b)) | (Credential::Token(a), Credential::Token(b)) => {
+            a.expose() == b.expose()
+        }
+        (Credential::JwtFile(a), Credential::JwtFile(b))
+        | (Credential::TokenFile(a), Credential::TokenFile(b)) => a == b,
+        (Credential::SecretIdFile(a), Credential::SecretIdFile(b)) => a == b,
+        _ => false,
+    }
+}
