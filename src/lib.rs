@@ -16,6 +16,8 @@
 pub mod secret;
 /// Time as it is passed in: one moment on both clocks.
 pub mod time;
+/// What an operator sets, typed: units, defaults, ranges; from flags, environment and file; every fault at once.
+pub mod config;
 /// What a volume asks for: validated newtypes that every layer below uses.
 pub mod reference;
 /// Publish 1: class documents of both kinds to what they ask for, all faults at once.

@@ -224,6 +224,14 @@ pub struct FilePathError {
     rule: &'static str,
 }
 
+impl FilePathError {
+    /// The broken rule, without the path.
+    #[must_use]
+    pub fn rule(&self) -> &'static str {
+        self.rule
+    }
+}
+
 impl FilePath {
     /// Checks a path.
     ///
