@@ -1,7 +1,7 @@
 //! Read 1: the store. [`Store`] is what the cache asks; [`vault::Vault`] speaks the HashiCorp Vault HTTP API to any server
 //! that has it.
 //!
-//! Every call gets the moment by which its caller needs an answer. Inside it a store may retry as it sees fit ([`retry`]);
+//! Every call gets the moment by which its caller needs an answer. Inside it a store may retry as it sees fit;
 //! past it, it answers [`ErrorKind::Deadline`]. Calls are safe to repeat.
 
 /// The answer's JSON: which kind of secret it is, which key, which encoding.
@@ -9,11 +9,13 @@ pub mod answer;
 /// What came back instead, in words that say what to change.
 pub mod error;
 /// One connection pool per [`crate::reference::Connection`]: TLS, deadlines, redirects, size cap.
-pub mod http;
+mod http;
 /// Which request a login is, per method.
-pub mod login;
+mod login;
+/// What to change, for what came back.
+mod remedy;
 /// When to ask again, and how long to wait before.
-pub mod retry;
+mod retry;
 /// The Vault API.
 pub mod vault;
 
@@ -100,7 +102,8 @@ pub trait Store: Send + Sync + 'static {
         deadline: Instant,
     ) -> impl Future<Output = Result<Answer, StoreError>> + Send;
 
-    /// Gives a token back that a login of ours made. Best effort.
+    /// Gives a token back that a login of ours made. Best effort. Never called for a [`Credential::Token`] or
+    /// [`Credential::TokenFile`]: that token is somebody else's, and its holder goes on using it.
     fn revoke(
         &self,
         identity: &Identity,

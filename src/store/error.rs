@@ -60,3 +60,67 @@ impl StoreError {
         )
     }
 }
+
+/// Something on this side that cannot be used (a file, a certificate, a setting), and what to change.
+pub(super) struct Unusable {
+    pub(super) what: String,
+    pub(super) remedy: &'static str,
+}
+
+/// Longest text of a store's that is repeated: enough for every sentence of Vault's, short enough for one event.
+const LONGEST_QUOTE: usize = 300;
+
+/// What came back, for people: `403 (permission denied)`. Only the API's `errors` are quoted, which its makers promise to
+/// keep free of secrets; should one of `hidden` stand in them all the same, it is replaced.
+pub(super) fn came_back(status: u16, body: &[u8], hidden: &[&str]) -> String {
+    #[derive(serde::Deserialize)]
+    struct Errors {
+        #[serde(default)]
+        errors: Vec<String>,
+    }
+    let errors = serde_json::from_slice::<Errors>(body).map(|body| body.errors).unwrap_or_default();
+    let mut quote = errors.iter().map(|error| one_line(error)).collect::<Vec<_>>().join(", ");
+    for secret in hidden.iter().filter(|secret| !secret.is_empty()) {
+        quote = quote.replace(secret, "[hidden]");
+    }
+    if let Some((end, _)) = quote.char_indices().nth(LONGEST_QUOTE) {
+        quote.truncate(end);
+        quote.push('…');
+    }
+    if quote.is_empty() { status.to_string() } else { format!("{status} ({quote})") }
+}
+
+/// A text on one line: blanks and control characters become one space, and the bullets of Vault's error lists commas.
+pub(super) fn one_line(text: &str) -> String {
+    let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    match text.split_once(" occurred: * ") {
+        Some((count, errors)) if count.ends_with("error") || count.ends_with("errors") => errors.replace(" * ", ", "),
+        _ => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_of_errors_become_one_line() {
+        let body = br#"{"errors":["2 errors occurred:\n\t* permission denied\n\t* invalid token\n\n","more"]}"#;
+        assert_eq!(came_back(403, body, &[]), "403 (permission denied, invalid token, more)");
+    }
+
+    #[test]
+    fn a_secret_in_an_error_is_hidden_and_long_errors_are_cut() {
+        let body = br#"{"errors":["token hvs.abc is bad"]}"#;
+        assert_eq!(came_back(400, body, &["", "hvs.abc"]), "400 (token [hidden] is bad)");
+        let long = format!(r#"{{"errors":["{}"]}}"#, "é".repeat(1000));
+        assert_eq!(came_back(500, long.as_bytes(), &[]), format!("500 ({}…)", "é".repeat(300)));
+    }
+
+    #[test]
+    fn what_is_not_the_apis_json_is_not_quoted() {
+        assert_eq!(came_back(502, b"<html>s3cret</html>", &[]), "502");
+        assert_eq!(came_back(404, br#"{"errors":[]}"#, &[]), "404");
+    }
+}

@@ -1,1 +1,291 @@
-//! To be built.
+//! One connection pool per [`Connection`]: TLS, deadlines, redirects, size cap.
+//!
+//! [`Http::ask`] gives one question to a cluster: it tries the members in order, the one that answered last first, pauses
+//! and tries again as [`super::retry`] says, all inside the caller's deadline. What comes back is an answer that stands
+//! (2xx, or a 4xx that no repetition changes) or a [`StoreError`] in people's words.
+//!
+//! Pooled connections close after 5 s without use, because TLS keeps plaintext in the buffers of an idle connection.
+//! Nothing of the environment is used: no proxy variables.
+
+/// Bodies both ways without copies that outlive them.
+mod body;
+/// Transport errors in people's words.
+mod failure;
+/// The cluster's members, and where a redirect may lead.
+mod member;
+/// Whom a connection trusts and how it shows itself.
+mod tls;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use dashmap::DashMap;
+use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
+use reqwest::{Method, StatusCode};
+use tokio::time::timeout_at;
+
+use self::member::Member;
+use super::error::{Unusable, came_back};
+use super::retry::{self, Failure, Next};
+use super::{ErrorKind, StoreError};
+use crate::metrics::Metrics;
+use crate::reference::Connection;
+use crate::secret::{SecretBytes, Token};
+
+/// A member that does not shake hands within this time is taken for gone, so that the next one gets its turn.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// One request, body included. Dynamic engines (a new database user) take seconds; kubelet gives a mount two minutes.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// An unused connection lives this long (see above).
+const IDLE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Connections with a pool; beyond it the one unused for longest is closed. A node talks to a handful of stores.
+const MOST_POOLS: usize = 256;
+
+/// A question to a store.
+pub(super) struct Ask<'a> {
+    pub(super) connection: &'a Connection,
+    pub(super) method: Method,
+    /// Below `/v1/`.
+    pub(super) path: &'a str,
+    pub(super) query: Option<&'a str>,
+    pub(super) token: Option<&'a Token>,
+    /// JSON.
+    pub(super) body: Option<SecretBytes>,
+    /// Further secrets that no error may quote.
+    pub(super) hidden: &'a [&'a str],
+    /// Whether asking twice is the same as asking once.
+    pub(super) repeatable: bool,
+    /// How often the cluster is asked at most ([`retry::ROUNDS`]).
+    pub(super) rounds: u32,
+    pub(super) deadline: Instant,
+}
+
+/// An answer that stands.
+pub(super) struct Reply {
+    pub(super) status: StatusCode,
+    pub(super) body: SecretBytes,
+    /// `GET https://vault:8200/v1/secret/data/app`.
+    pub(super) asked: String,
+}
+
+/// The pools.
+pub(super) struct Http {
+    pools: DashMap<Connection, Arc<Pool>>,
+    uses: AtomicU64,
+    metrics: Arc<Metrics>,
+}
+
+/// One cluster.
+struct Pool {
+    members: Vec<Member>,
+    /// Index of the member that answered last.
+    preferred: AtomicUsize,
+    stamp: tls::Stamp,
+    /// When it was used last, counted in uses of all pools.
+    used: AtomicU64,
+}
+
+impl Http {
+    pub(super) fn new(metrics: Arc<Metrics>) -> Self {
+        Self { pools: DashMap::new(), uses: AtomicU64::new(0), metrics }
+    }
+
+    /// Asks the cluster.
+    pub(super) async fn ask(&self, mut ask: Ask<'_>) -> Result<Reply, StoreError> {
+        let body = ask.body.take().map(body::outgoing);
+        let headers = headers(&ask)?;
+        let pool = self.pool(&ask).await?;
+        let mut sent = false;
+        let mut round = 0;
+        loop {
+            let mut failures = Vec::new();
+            let mut next = Next::Member;
+            for index in pool.order() {
+                if std::mem::replace(&mut sent, true) {
+                    self.metrics.store_retries.increment();
+                }
+                match pool.members[index].exchange(&ask, &headers, body.as_ref()).await {
+                    Ok(reply) => {
+                        pool.preferred.store(index, Ordering::Relaxed);
+                        return Ok(reply);
+                    }
+                    Err(failure) => {
+                        next = retry::next(&failure, ask.repeatable);
+                        failures.push(failure.error);
+                    }
+                }
+                if next != Next::Member {
+                    break;
+                }
+            }
+            let error = together(failures, &ask);
+            round += 1;
+            let resume = Instant::now() + retry::pause(round - 1, error.retry_after);
+            if next == Next::Stop || !error.is_retryable() || round >= ask.rounds || resume >= ask.deadline {
+                return Err(error);
+            }
+            tokio::time::sleep_until(resume.into()).await;
+        }
+    }
+
+    /// The pool of a connection, made anew if its certificate files have changed. Two callers may both make one; the
+    /// later stays.
+    async fn pool(&self, ask: &Ask<'_>) -> Result<Arc<Pool>, StoreError> {
+        let used = self.uses.fetch_add(1, Ordering::Relaxed);
+        let known = self.pools.get(ask.connection).map(|pool| Arc::clone(&pool));
+        if let Some(pool) = known.as_ref().filter(|_| !tls::has_files(ask.connection)) {
+            pool.used.store(used, Ordering::Relaxed);
+            return Ok(Arc::clone(pool));
+        }
+        let connection = ask.connection.clone();
+        let made = tokio::task::spawn_blocking(move || {
+            let stamp = tls::stamp(&connection);
+            match known.filter(|pool| pool.stamp == stamp) {
+                Some(pool) => Ok((pool, false)),
+                None => Pool::new(&connection, stamp).map(|pool| (Arc::new(pool), true)),
+            }
+        });
+        let local = |what: String, remedy: Option<String>| StoreError {
+            kind: ErrorKind::Local,
+            asked: ask.connection.addresses.first().map_or_else(|| "no address".to_owned(), |first| asked(ask, first)),
+            answered: what,
+            remedy,
+            retry_after: None,
+        };
+        let (pool, new) = match timeout_at(ask.deadline.into(), made).await {
+            Ok(Ok(made)) => made.map_err(|fault| local(fault.what, Some(fault.remedy.to_owned())))?,
+            Ok(Err(_)) => return Err(local("the connection pool could not be made".to_owned(), None)),
+            Err(_) => return Err(past_deadline(ask, "reading the certificate files took too long")),
+        };
+        pool.used.store(used, Ordering::Relaxed);
+        if new {
+            self.make_room(ask.connection);
+            self.pools.insert(ask.connection.clone(), Arc::clone(&pool));
+        }
+        Ok(pool)
+    }
+
+    fn make_room(&self, newcomer: &Connection) {
+        if self.pools.len() < MOST_POOLS || self.pools.contains_key(newcomer) {
+            return;
+        }
+        let oldest = self
+            .pools
+            .iter()
+            .min_by_key(|entry| entry.value().used.load(Ordering::Relaxed))
+            .map(|entry| entry.key().clone());
+        if let Some(oldest) = oldest {
+            self.pools.remove(&oldest);
+        }
+    }
+}
+
+impl Pool {
+    /// Blocks.
+    fn new(connection: &Connection, stamp: tls::Stamp) -> Result<Self, Unusable> {
+        Ok(Self {
+            members: Member::all(connection)?,
+            preferred: AtomicUsize::new(0),
+            stamp,
+            used: AtomicU64::new(0),
+        })
+    }
+
+    /// The members' indices: the one that answered last, then the others as they were named.
+    fn order(&self) -> impl Iterator<Item = usize> + use<> {
+        let preferred = self.preferred.load(Ordering::Relaxed);
+        std::iter::once(preferred).chain((0..self.members.len()).filter(move |index| *index != preferred))
+    }
+}
+
+/// `GET https://vault:8200/v1/secret/data/app?version=3`.
+fn asked(ask: &Ask<'_>, address: &crate::reference::Address) -> String {
+    let query = ask.query.map(|query| format!("?{query}")).unwrap_or_default();
+    super::error::one_line(&format!("{} {address}/v1/{}{query}", ask.method, ask.path))
+}
+
+fn headers(ask: &Ask<'_>) -> Result<HeaderMap, StoreError> {
+    let mut headers = HeaderMap::new();
+    headers.insert(HeaderName::from_static("x-vault-request"), HeaderValue::from_static("true"));
+    let mut insert = |name, value: &str, secret| {
+        let mut value = HeaderValue::from_str(value).map_err(|_| StoreError {
+            kind: ErrorKind::Refused,
+            asked: format!("{} {}", ask.method, ask.path),
+            answered: format!("the value of the header {name} cannot be sent"),
+            remedy: Some("use visible ASCII only".to_owned()),
+            retry_after: None,
+        })?;
+        // Also keeps it out of the table of the HTTP/2 header compression.
+        value.set_sensitive(secret);
+        headers.insert(HeaderName::from_static(name), value);
+        Ok(())
+    };
+    if let Some(token) = ask.token {
+        insert("x-vault-token", token.expose(), true)?;
+    }
+    if let Some(namespace) = &ask.connection.namespace {
+        insert("x-vault-namespace", namespace, false)?;
+    }
+    if ask.body.is_some() || !matches!(ask.method, Method::GET) {
+        insert("content-type", "application/json", false)?;
+    }
+    Ok(headers)
+}
+
+/// One error of what the members said: the first that may pass by itself, and the others behind it.
+fn together(mut failures: Vec<StoreError>, ask: &Ask<'_>) -> StoreError {
+    if failures.is_empty() {
+        return past_deadline(ask, "the store has no address");
+    }
+    let first = failures.iter().position(StoreError::is_retryable).unwrap_or(0);
+    let mut error = failures.remove(first);
+    for other in failures {
+        error.answered = format!("{}; also {}: {}", error.answered, other.asked, other.answered);
+    }
+    error
+}
+
+fn past_deadline(ask: &Ask<'_>, answered: &str) -> StoreError {
+    StoreError {
+        kind: ErrorKind::Deadline,
+        asked: ask.connection.addresses.first().map_or_else(String::new, |address| asked(ask, address)),
+        answered: answered.to_owned(),
+        remedy: None,
+        retry_after: None,
+    }
+}
+
+/// Statuses that another member or a later moment may change; anything else stands.
+fn verdict(status: StatusCode, headers: &HeaderMap, body: &SecretBytes, ask: &Ask<'_>, asked: &str) -> Option<Failure> {
+    let sealed = || {
+        let text = String::from_utf8_lossy(body.expose());
+        text.contains("Vault is sealed") || text.contains("active cluster node not found")
+    };
+    let (kind, may_have_acted) = match status.as_u16() {
+        429 => (ErrorKind::RateLimited, false),
+        412 => (ErrorKind::Unavailable, false),
+        500..=599 => (ErrorKind::Unavailable, !sealed()),
+        _ => return None,
+    };
+    let mut hidden = ask.hidden.to_vec();
+    hidden.extend(ask.token.map(Token::expose));
+    let answered = came_back(status.as_u16(), body.expose(), &hidden);
+    let remedy = if status == StatusCode::SERVICE_UNAVAILABLE && sealed() {
+        Some("the store is sealed: its operators must unseal it".to_owned())
+    } else {
+        None
+    };
+    let retry_after = headers
+        .get(reqwest::header::RETRY_AFTER)
+        .and_then(|value| value.to_str().ok()?.trim().parse().ok())
+        .map(Duration::from_secs);
+    let error = StoreError { kind, asked: asked.to_owned(), answered, remedy, retry_after };
+    Some(Failure { error, may_have_acted })
+}
+
+#[cfg(test)]
+mod tests;
