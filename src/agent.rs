@@ -241,6 +241,6 @@ impl Agent {
             }
             self.served.remove(served.volume().id());
         }
-        self.cache.shutdown(DRAIN).await;
+        self.cache.stop(Instant::now() + DRAIN).await;
     }
 }

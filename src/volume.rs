@@ -266,9 +266,9 @@ impl Volume {
     }
 
     /// Gives the volume a newer credential, such as a fresh token from kubelet. No request is made for it.
-    pub fn set_credential(&self, credential: Arc<Credential>) {
+    pub async fn set_credential(&self, credential: Arc<Credential>) {
         if let Some(registration) = self.registration.get() {
-            registration.set_credential(credential);
+            registration.set_credential(credential).await;
         }
     }
 
@@ -453,6 +453,16 @@ impl Subscriber for Rebuild {
         // The first generation is `publish`'s, which also reports its faults.
         if volume.generations.current().is_some() {
             tokio::spawn(async move { volume.build(Moment::now()) });
+        }
+    }
+
+    fn state_changed(&self, keys: &[Key]) {
+        let gone = |volume: Arc<Volume>| {
+            volume.slots.get().is_some_and(|slots| slots.iter().any(|slot| slot.state() == State::Gone))
+        };
+        // Only the end of a grace changes what is served.
+        if self.0.upgrade().is_some_and(gone) {
+            self.changed(keys);
         }
     }
 }
