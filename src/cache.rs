@@ -29,7 +29,7 @@ mod schedule;
 /// What readers see of an entry, without asking the machine.
 pub mod slot;
 
-pub use driver::{Cache, CacheError, Registration, Subscriber};
+pub use driver::{Cache, Registration, Subscriber};
 pub use slot::{Slot, State, Value};
 
 /// Why keys cannot be registered.

@@ -1,6 +1,129 @@
-//! The command line: thin commands that print tables.
+//! The command line: thin commands that print tables. Standard output is for what was asked, standard error for the log and for
+//! what went wrong.
 
-/// What this node gives, and what is lost without it.
-pub mod doctor;
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "printing is what a command line is for")]
+
 /// `check`: reads class documents and says what they ask for, or everything that is wrong with them.
 pub mod check;
+/// `dev`: the whole read path on this machine, on an embedded store.
+#[cfg(feature = "dev")]
+pub mod dev;
+/// `doctor`: what this node gives, and what is lost without it.
+pub mod doctor;
+/// Exit codes, and the one line that goes with them.
+pub mod exit;
+/// Logging: text or JSON, and what is never logged.
+pub mod log;
+/// `mount`: one class of a real store, without Kubernetes.
+pub mod mount;
+/// `mounts`: what is mounted, by whichever agent.
+pub mod mounts;
+/// Panics: logged without their message, and a reason to unmount.
+pub mod panics;
+/// What `dev` and `mount` share: the directory, signals, serving until the end.
+mod serving;
+
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+/// Secrets of a Vault-compatible store as files, answered from wiped memory
+///
+/// The files live in a FUSE file system: every read is answered by this program, from memory that is locked, unreadable for
+/// other processes and wiped after use. Nothing is written to disk, tmpfs or the page cache.
+#[derive(Parser)]
+#[command(name = "fuse-secrets", version, after_long_help = EXAMPLES, max_term_width = 100)]
+pub struct Arguments {
+    /// How to log.
+    #[command(flatten)]
+    pub log: log::Options,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  Try it, on an embedded store:
+      fuse-secrets dev
+  Mount a class of a real store:
+      fuse-secrets mount --class app.yaml --address https://vault:8200 --token-file token /mnt/app
+  See what is mounted, and one mount file by file:
+      fuse-secrets mounts
+      fuse-secrets mounts /mnt/app
+
+Exit codes:
+  0   done
+  1   failed; the message says what and why
+  64  the command line, an environment variable or the configuration file is wrong
+  65  a class document has faults
+  66  a file that was named cannot be read
+  69  the store cannot be reached, or does not answer
+  70  a fault of this program (please report it)
+  73  the directory cannot be mounted on
+  75  a limit of memory or of the cache is reached
+  77  the store refused";
+
+/// The commands.
+#[derive(Subcommand)]
+pub enum Command {
+    /// Serve demo secrets from an embedded store, to try things out
+    #[cfg(feature = "dev")]
+    Dev(dev::Options),
+    /// Serve one class of a real store at a directory, without Kubernetes
+    Mount(Box<mount::Options>),
+    /// List what is mounted: freshness, generations, opens, errors; never a value
+    Mounts(mounts::Options),
+    /// Check class documents, with every fault at once
+    #[command(after_long_help = check::HELP)]
+    Check {
+        /// Files with SecretProviderClass or SecretsStoreImport documents; - is standard input
+        #[arg(required = true, value_name = "FILE")]
+        files: Vec<PathBuf>,
+        /// How to print
+        #[arg(short, long, value_enum, default_value_t)]
+        output: check::Format,
+    },
+    /// Tell what this machine gives (FUSE, secret memory, limits, swap), and what is lost without it
+    Doctor {
+        /// How to print
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Print,
+    },
+}
+
+/// How to print a report.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Print {
+    /// For people, at 80 columns.
+    #[default]
+    Table,
+    /// For programs.
+    Json,
+}
+
+impl Command {
+    /// Runs the command to its end.
+    pub async fn run(self, panicked: panics::Panicked) -> ExitCode {
+        match self {
+            #[cfg(feature = "dev")]
+            Self::Dev(options) => dev::run(options, panicked).await,
+            Self::Mount(options) => mount::run(*options, panicked).await,
+            Self::Mounts(options) => mounts::run(options).await,
+            Self::Check { files, output } => {
+                let outcome = check::run(&files);
+                exit::printed(outcome.print(&mut std::io::stdout().lock(), output), outcome.exit_code())
+            }
+            Self::Doctor { output } => {
+                let report = doctor::report();
+                let text = match output {
+                    Print::Table => report.to_string(),
+                    Print::Json => format!("{:#}\n", serde_json::json!(report)),
+                };
+                exit::printed(std::io::stdout().lock().write_all(text.as_bytes()), report.exit_code())
+            }
+        }
+    }
+}

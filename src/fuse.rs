@@ -17,6 +17,7 @@ pub mod notify;
 /// A running file system on a descriptor.
 pub mod session;
 
+use std::cell::Cell;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -52,13 +53,30 @@ struct Adapter {
     invalidate: notify::Invalidations,
 }
 
+thread_local! {
+    static IN_HANDLER: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether this thread runs a handler, whose panic is contained.
+#[must_use]
+pub fn in_handler() -> bool {
+    IN_HANDLER.get()
+}
+
+/// Runs a handler. A panic ends in EIO for this one caller: the reply it held answers so when it is dropped.
+fn guard(fs: &Fs, call: &'static str, handler: impl FnOnce()) {
+    IN_HANDLER.set(true);
+    let outcome = catch_unwind(AssertUnwindSafe(handler));
+    IN_HANDLER.set(false);
+    if outcome.is_err() {
+        fs.volume().metrics().fs_panics.increment();
+        tracing::error!(call, volume = %fs.volume().id().0, "a handler panicked; its caller got EIO");
+    }
+}
+
 impl Adapter {
-    /// Runs a handler. A panic ends in EIO for this one caller: the reply it held answers so when it is dropped.
     fn guard(&self, call: &'static str, handler: impl FnOnce()) {
-        if catch_unwind(AssertUnwindSafe(handler)).is_err() {
-            self.fs.volume().metrics().fs_panics.increment();
-            tracing::error!(call, volume = %self.fs.volume().id().0, "a handler panicked; its caller got EIO");
-        }
+        guard(&self.fs, call, handler);
     }
 
     fn refuse(&self, reply: ReplyEmpty) {
@@ -104,7 +122,9 @@ impl Filesystem for Adapter {
                         Ok(handle) => reply.opened(FileHandle(handle.0), open_flags()),
                         Err(error) => reply.error(errno(error)),
                     };
-                    self.fs.volume().refresh(file, Box::new(answer));
+                    let fs = Arc::clone(&self.fs);
+                    // Called by the cache when the refresh ends: a panic there would end the cache.
+                    self.fs.volume().refresh(file, Box::new(move || guard(&fs, "open", answer)));
                 }
                 Err(error) => reply.error(errno(error)),
             }

@@ -19,6 +19,14 @@ const COLUMNS: usize = 80;
 /// What a document's lines are indented by.
 const INDENT: usize = 7;
 
+/// Ends the command's long help.
+pub const HELP: &str = "\
+Needs no store and no credential. Exit codes: 0 all documents are good, 65 a document has faults, 66 a file cannot be read.
+
+Examples:
+      fuse-secrets check app.yaml
+      kubectl get secretproviderclass -A -o yaml | fuse-secrets check -";
+
 /// How to print.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {

@@ -1,0 +1,177 @@
+//! `fuse-secrets dev`: the main job on an embedded default. Everything is real but the store, and that answers like one.
+
+use std::fs::OpenOptions;
+use std::io::{self, Write as _};
+use std::net::SocketAddr;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use serde_json::json;
+
+use super::exit;
+use super::panics::Panicked;
+use super::serving::{End, Signals, allow_other, prepare, until_the_end};
+use crate::agent::{Agent, Setup, admin, runtime};
+use crate::class;
+use crate::config::Settings;
+use crate::dev::{Embedded, Options as StoreOptions};
+use crate::metrics::Metrics;
+use crate::reference::{AuthMethod, Subject};
+use crate::secret::Token;
+use crate::store::Credential;
+use crate::store::vault::Vault;
+
+/// How long the embedded store may take for its first answers.
+const FIRST: Duration = Duration::from_secs(10);
+
+/// The class that is served: what a developer would write, but for the short interval.
+const CLASS: &str = "\
+apiVersion: secrets-store.csi.x-k8s.io/v1
+kind: SecretProviderClass
+metadata:
+  name: demo
+spec:
+  provider: vault
+  parameters:
+    roleName: demo
+    refreshInterval: 1s
+    objects: |
+      - {objectName: db-password, secretPath: secret/data/demo/db, secretKey: password}
+      - {objectName: api-key, secretPath: secret/data/demo/api, secretKey: key}
+      - {objectName: app/config.json, secretPath: kv/demo/config}
+";
+
+/// Arguments of `dev`.
+#[derive(Args)]
+pub struct Options {
+    /// Where to mount; made if it is missing [default: dev in the user's runtime directory]
+    #[arg(long, value_name = "DIR")]
+    mount: Option<PathBuf>,
+    /// Where the embedded store listens: a loopback address, port 0 takes a free one
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:0")]
+    listen: SocketAddr,
+}
+
+/// Runs the command.
+pub async fn run(options: Options, mut panicked: Panicked) -> ExitCode {
+    match serve(options, &mut panicked).await {
+        Ok(code) => code,
+        Err((code, error)) => exit::report(code, error.as_ref()),
+    }
+}
+
+type Failure = (u8, Box<dyn std::error::Error>);
+
+fn failed<E: std::error::Error + 'static>(code: u8) -> impl FnOnce(E) -> Failure {
+    move |error| (code, Box::new(error))
+}
+
+async fn serve(options: Options, panicked: &mut Panicked) -> Result<ExitCode, Failure> {
+    let home = runtime::directory();
+    runtime::make_private(&home).map_err(failed(exit::FAILED))?;
+    let directory = options.mount.unwrap_or_else(|| home.join("dev"));
+    make(&directory).map_err(failed(exit::CANNOT_MOUNT))?;
+    let directory = prepare(&directory).map_err(failed(exit::CANNOT_MOUNT))?;
+
+    let mut signals = Signals::hear().map_err(failed(exit::FAILED))?;
+    let store = StoreOptions { listen: options.listen, root_token: None };
+    let store = Embedded::start(store).await.map_err(failed(exit::USAGE))?;
+    fill(&store).map_err(failed(exit::SOFTWARE))?;
+    let header = Header::write(&home, &store).map_err(failed(exit::FAILED))?;
+
+    let metrics = Arc::new(Metrics::default());
+    let vault = Arc::new(Vault::new(Arc::clone(&metrics)));
+    let agent = Agent::start(vault, metrics, Setup::default()).map_err(|e| (exit::start(&e), e.into()))?;
+    let socket = admin::listen(&agent).map_err(failed(exit::FAILED))?;
+    let mut over = Settings::default();
+    over.connection.addresses = Some(vec![store.address().clone()]);
+    over.login.method = Some(AuthMethod::Token);
+    let subject = Subject::Local("embedded store".to_owned());
+    let class = class::parse(CLASS).map_err(failed(exit::SOFTWARE))?.remove(0);
+    let spec = class.into_spec(&over, &Settings::default(), subject).map_err(failed(exit::SOFTWARE))?;
+    let interval = spec.freshness.interval;
+    let token = Token::new(store.root_token().expose().to_owned()).map_err(failed(exit::SOFTWARE))?;
+    let credential = Arc::new(Credential::Token(token));
+    let deadline = Instant::now() + FIRST;
+    let served = agent.mount(&directory, spec, None, credential, allow_other(None), deadline).await;
+    let code = match served {
+        Ok(served) => {
+            introduce(&directory, &store, &header, interval).map_err(failed(exit::FAILED))?;
+            match until_the_end(&served, &mut signals, panicked).await {
+                End::Panic => exit::SOFTWARE,
+                End::Signal | End::Unmounted => exit::OK,
+            }
+        }
+        Err(error) => {
+            let code = exit::serve(&error);
+            let _ = exit::report(code, &error);
+            code
+        }
+    };
+    agent.shutdown().await;
+    drop((socket, header));
+    store.shutdown().await;
+    Ok(ExitCode::from(code))
+}
+
+/// Makes the directory if nothing is there. One that is there is left alone: it may be a dead mount.
+fn make(directory: &Path) -> io::Result<()> {
+    match std::fs::create_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        other => other,
+    }
+}
+
+fn fill(store: &Embedded) -> Result<(), crate::dev::Refusal> {
+    store.put("secret/demo/db", &json!({ "password": "correct-horse-battery-staple" }))?;
+    store.put("secret/demo/api", &json!({ "key": "demo-0000-1111-2222" }))?;
+    store.put("kv/demo/config", &json!({ "user": "app", "host": "db.internal", "port": 5432 }))
+}
+
+/// The root token as a header file for curl, for this user only; gone with the command. The token is good for the embedded store
+/// alone, and for no longer than that lives.
+struct Header(PathBuf);
+
+impl Header {
+    fn write(home: &Path, store: &Embedded) -> io::Result<Self> {
+        let path = home.join(format!("dev-{}.header", std::process::id()));
+        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path)?;
+        file.write_all(b"X-Vault-Token: ")?;
+        file.write_all(store.root_token().expose().as_bytes())?;
+        file.write_all(b"\n")?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Header {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_file(&self.0) {
+            tracing::warn!(%error, path = %self.0.display(), "cannot remove the token's file");
+        }
+    }
+}
+
+fn introduce(directory: &Path, store: &Embedded, header: &Header, interval: Duration) -> io::Result<()> {
+    let (directory, address, header) = (directory.display(), store.address(), header.0.display());
+    let mut out = io::stdout().lock();
+    writeln!(
+        out,
+        "\n{}\n\nMounted at {directory}. Try, in another terminal:\n\n\
+         \x20 ls -lR {directory}\n\
+         \x20 cat {directory}/db-password\n\n\
+         \x20 # change the secret; the next cat after {} shows it\n\
+         \x20 curl -H @{header} \\\n\
+         \x20   -d '{{\"data\":{{\"password\":\"changed\"}}}}' \\\n\
+         \x20   {address}/v1/secret/data/demo/db\n\n\
+         \x20 fuse-secrets mounts\n\
+         \x20 fuse-secrets mounts {directory}\n\n\
+         Ctrl-C unmounts and ends it.",
+        store.banner(),
+        humantime::format_duration(interval),
+    )?;
+    out.flush()
+}

@@ -1,0 +1,69 @@
+//! Logging: what happens, as text or JSON lines on standard error.
+
+use std::io::IsTerminal as _;
+
+use clap::{Args, ValueEnum};
+use tracing::Level;
+use tracing_subscriber::filter::filter_fn;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{EnvFilter, Layer as _, fmt};
+
+use crate::secret::harden::{Measure, Outcome};
+
+/// Libraries that would log what goes over the wire, headers and bodies with tokens and secrets. Whatever filter is asked for,
+/// they are heard from warnings up only.
+const WIRE: [&str; 8] = ["h2", "hyper", "hyper_util", "hyper_rustls", "reqwest", "rustls", "tower", "axum"];
+
+/// How to log.
+#[derive(Args)]
+pub struct Options {
+    /// What to log: error, warn, info, debug, trace, or a filter such as info,fuse_secrets::cache=debug
+    #[arg(long, global = true, env = "FUSE_SECRETS_LOG", value_name = "FILTER", default_value = "info")]
+    pub log: String,
+    /// How to write the log
+    #[arg(long, global = true, env = "FUSE_SECRETS_LOG_FORMAT", value_enum, default_value_t)]
+    pub log_format: Format,
+}
+
+/// How to write the log.
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+pub enum Format {
+    /// Lines for people.
+    #[default]
+    Text,
+    /// A JSON object per line.
+    Json,
+}
+
+/// A filter that cannot be read.
+#[derive(Debug, thiserror::Error)]
+#[error("--log: not a level or filter (write info, debug, or info,fuse_secrets::store=debug)")]
+pub struct FilterError;
+
+/// Starts logging.
+///
+/// # Errors
+/// [`FilterError`]
+pub fn start(options: &Options) -> Result<(), FilterError> {
+    let filter = EnvFilter::try_new(&options.log).map_err(|_| FilterError)?;
+    let quiet = filter_fn(|event| {
+        let root = event.target().split("::").next().unwrap_or_default();
+        *event.level() <= Level::WARN || !WIRE.contains(&root)
+    });
+    let lines = fmt::layer().with_writer(std::io::stderr).with_target(false);
+    let lines = match options.log_format {
+        Format::Text => lines.with_ansi(std::io::stderr().is_terminal()).boxed(),
+        Format::Json => lines.json().flatten_event(true).boxed(),
+    };
+    tracing_subscriber::registry().with(lines.with_filter(filter).with_filter(quiet)).init();
+    Ok(())
+}
+
+/// Tells how a hardening measure went.
+pub fn measure(measure: &Measure) {
+    match &measure.outcome {
+        Outcome::Done => tracing::debug!(measure = measure.name, "in force"),
+        Outcome::Lost { loss, source } => tracing::warn!(measure = measure.name, %source, "{loss}"),
+    }
+}
