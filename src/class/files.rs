@@ -71,7 +71,8 @@ pub(crate) fn file_permission(value: &Value) -> Result<u16, Broken> {
     match value {
         Value::String(text) if text.starts_with('0') => text::mode(text),
         Value::Number(number) => {
-            let bits = number.as_u64().and_then(|n| u32::try_from(n).ok()).ok_or(broken("is not a mode", REMEDY))?;
+            let bits =
+                number.as_u64().and_then(|n| u32::try_from(n).ok()).ok_or(broken("is not a mode", REMEDY))?;
             let digits = bits.to_string();
             if digits.len() == 3 && digits.bytes().all(|b| matches!(b, b'0' | b'4' | b'6')) && bits >= 400 {
                 return Err(broken("is decimal to YAML, yet reads as octal", REMEDY));
@@ -115,12 +116,29 @@ mod tests {
             assert_eq!(secret_path(text).ok().unwrap().path, "secret/data/app");
         }
         let versioned = secret_path("secret/data/app?version=3").ok().unwrap();
-        assert_eq!((versioned.path.as_str(), versioned.query.as_deref()), ("secret/data/app", Some("version=3")));
+        assert_eq!(
+            (versioned.path.as_str(), versioned.query.as_deref()),
+            ("secret/data/app", Some("version=3"))
+        );
     }
 
     #[test]
     fn a_secret_path_that_a_url_parser_would_rewrite_is_refused() {
-        for text in ["", "/", "v1/", "?version=1", "a//b", "a/../b", "a/./b", "a/", "a#b", "a\nb", "a%2fb", "a\\b", "a?x y"] {
+        for text in [
+            "",
+            "/",
+            "v1/",
+            "?version=1",
+            "a//b",
+            "a/../b",
+            "a/./b",
+            "a/",
+            "a#b",
+            "a\nb",
+            "a%2fb",
+            "a\\b",
+            "a?x y",
+        ] {
             assert!(secret_path(text).is_err(), "{text:?}");
         }
     }

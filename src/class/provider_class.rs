@@ -26,7 +26,10 @@ pub(crate) fn read(
     let provider = spec.required("provider", "write vault, openbao or stronghold").unwrap_or_default();
     if !matches!(provider, "" | "vault" | "openbao" | "stronghold") {
         let rule = "is a provider that this driver does not replace";
-        spec.fault("provider", broken(rule, "choose one of vault, openbao, stronghold: stores that speak the Vault API"));
+        spec.fault(
+            "provider",
+            broken(rule, "choose one of vault, openbao, stronghold: stores that speak the Vault API"),
+        );
     }
     let decoded = secret_objects(spec, labels, &mut warnings);
     let Some(parameters) = spec.mapping("parameters") else {
@@ -74,12 +77,16 @@ impl Parameters<'_> {
         suffixes: [&'static str; N],
         parse: impl Fn(&str) -> Result<T, Broken>,
     ) -> Option<T> {
-        let spelt = suffixes.into_iter().flat_map(spellings);
-        let mut given = spelt.filter(|(bao, _)| self.openbao || !bao).map(|(_, name)| name).filter(|name| {
-            self.fields.raw(name).is_some_and(|value| value.as_str() != Some(""))
+        let mut given = suffixes.into_iter().flat_map(spellings).filter(|(bao, name)| {
+            let there = self.fields.raw(name).is_some_and(|value| value.as_str() != Some(""));
+            if there && *bao && !self.openbao {
+                let rule = "is a parameter of the provider openbao";
+                self.fields.fault(name, broken(rule, "begin it with vault, or write provider: openbao"));
+            }
+            there && (self.openbao || !*bao)
         });
-        let first = given.next();
-        for other in given {
+        let first = given.next().map(|(_, name)| name);
+        for (_, other) in given {
             let rule = format!("stands beside {}", first.unwrap_or_default());
             self.fields.fault(other, broken(rule, "keep one of the two"));
         }

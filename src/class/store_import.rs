@@ -9,7 +9,11 @@ use crate::config::text;
 use crate::reference::{Encoding, FilePath, FileSpec, Method, Ownership, Request};
 
 /// Reads the spec. `annotations` are the document's.
-pub(crate) fn read(spec: &Fields<'_>, annotations: Option<&Fields<'_>>, sink: &Sink) -> (Settings, Vec<FileSpec>) {
+pub(crate) fn read(
+    spec: &Fields<'_>,
+    annotations: Option<&Fields<'_>>,
+    sink: &Sink,
+) -> (Settings, Vec<FileSpec>) {
     if spec.required("type", "write CSI").is_some_and(|kind| kind != "CSI") {
         spec.fault("type", broken("is not CSI", "write CSI: there is no other type"));
     }

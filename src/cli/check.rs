@@ -43,12 +43,17 @@ pub fn run(files: &[PathBuf]) -> Outcome {
         let name = file.display().to_string();
         match read(file) {
             Ok(text) => {
-                outcome.documents.extend(class::parse_each(&text).into_iter().map(|result| (name.clone(), result)));
+                outcome
+                    .documents
+                    .extend(class::parse_each(&text).into_iter().map(|result| (name.clone(), result)));
             }
             Err(error) => {
                 outcome.unreadable = true;
                 let sink = Sink::new("file");
-                sink.add("", broken(format!("cannot be read: {error}"), "check its path, permissions and encoding"));
+                sink.add(
+                    "",
+                    broken(format!("cannot be read: {error}"), "check its path, permissions and encoding"),
+                );
                 outcome.documents.push((name, sink.finish(None)));
             }
         }
@@ -80,7 +85,8 @@ impl Outcome {
                 Err(faults) => print_faults(out, file, faults),
             }),
             Format::Json => {
-                let documents: Vec<_> = self.documents.iter().map(|(file, result)| as_json(file, result)).collect();
+                let documents: Vec<_> =
+                    self.documents.iter().map(|(file, result)| as_json(file, result)).collect();
                 let all = json!({ "ok": self.exit_code() == 0, "documents": documents });
                 writeln!(out, "{all:#}")
             }
@@ -152,7 +158,10 @@ fn table(out: &mut impl Write, class: &Class) -> io::Result<()> {
             request(file),
             file.key.clone().unwrap_or_else(|| "(all)".to_owned()),
             encoding(file.encoding).to_owned(),
-            file.ownership.or(class.settings.ownership).mode.map_or("default".to_owned(), |m| format!("{m:04o}")),
+            file.ownership
+                .or(class.settings.ownership)
+                .mode
+                .map_or("default".to_owned(), |m| format!("{m:04o}")),
         ]
     };
     let head = ["FILE", "SECRET", "KEY", "ENCODING", "MODE"].map(str::to_owned);

@@ -174,7 +174,9 @@ impl Layer {
     ///
     /// # Errors
     /// Every unknown or undecodable variable.
-    pub fn from_environment(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Result<Self, Faults> {
+    pub fn from_environment(
+        variables: impl IntoIterator<Item = (OsString, OsString)>,
+    ) -> Result<Self, Faults> {
         let sink = Sink::new(Source::Environment.document());
         let mut layer = Self::default();
         for (variable, value) in variables {
@@ -187,7 +189,8 @@ impl Layer {
                 (Some(field), Ok(value)) if name == name.to_ascii_uppercase() => *field = Some(value),
                 (Some(_), Err(_)) => sink.add(variable, broken("is not UTF-8", "write it as UTF-8 text")),
                 _ => {
-                    let known: Vec<_> = Self::NAMES.iter().map(|name| Source::Environment.spell(name)).collect();
+                    let known: Vec<_> =
+                        Self::NAMES.iter().map(|name| Source::Environment.spell(name)).collect();
                     sink.add(&variable, text::unknown(&variable, known.iter().map(String::as_str)));
                 }
             }
@@ -207,7 +210,10 @@ impl Layer {
             (None, _) => return sink.finish(Some(layer)),
             (Some(Value::Object(map)), true) => map,
             _ => {
-                sink.add("", broken("is not one mapping of settings", "write one document of lines like maxAge: 5m"));
+                sink.add(
+                    "",
+                    broken("is not one mapping of settings", "write one document of lines like maxAge: 5m"),
+                );
                 return sink.finish(None);
             }
         };
@@ -227,7 +233,10 @@ impl Layer {
                     Some(items.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(","))
                 }
                 Value::Array(_) | Value::Object(_) => {
-                    sink.add(&key, broken("is not a single value", "write one text, number or true or false"));
+                    sink.add(
+                        &key,
+                        broken("is not a single value", "write one text, number or true or false"),
+                    );
                     None
                 }
             };
