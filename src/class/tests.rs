@@ -256,6 +256,10 @@ fn paths_of_one_class_go_together() {
     refused(&provider_class("", twice, ""), "spec.parameters.objects[1].objectName", "appears twice: a");
     let below = "- {objectName: a/b/c, secretPath: s}\n- {objectName: a/b, secretPath: t}";
     refused(&provider_class("", below, ""), "spec.parameters.objects[0].objectName", "lies below a/b");
+    let wrong = "- {objectName: a, secretPath: s/../t}\n- {objectName: a, secretPath: t}";
+    assert_eq!(faults(&provider_class("", wrong, "")).len(), 2);
+    let imports = "[{name: a, source: {path: p, key: k}}, {name: a, source: {path: q, key: k}}]";
+    refused(&import("", imports), "spec.files[1].name", "appears twice: a");
     let many: String = (0..=MAX_FILES).map(|i| format!("- {{objectName: f{i}, secretPath: s}}\n")).collect();
     refused(&provider_class("", &many, ""), "spec.parameters.objects", "more than 2000");
     let thousand: String = (0..1_000).map(|i| format!("- {{objectName: f{i}, secretPath: s}}\n")).collect();

@@ -130,12 +130,13 @@ fn print_faults(out: &mut impl Write, file: &str, faults: &Faults) -> io::Result
 }
 
 fn head(out: &mut impl Write, verdict: &str, document: &str, file: &str) -> io::Result<()> {
-    let title = format!("{verdict:<INDENT$}{document}");
-    let room = COLUMNS.saturating_sub(title.chars().count() + 2).max(16);
-    if title.chars().count() + 2 + room <= COLUMNS {
-        writeln!(out, "{title}  {:>room$}", shorten(file, room))
+    let title = shorten(&format!("{verdict:<INDENT$}{document}"), COLUMNS);
+    let file = shorten(file, COLUMNS - INDENT);
+    let room = COLUMNS.saturating_sub(title.chars().count() + 2);
+    if file.chars().count() <= room {
+        writeln!(out, "{title}  {file:>room$}")
     } else {
-        writeln!(out, "{}\n{:INDENT$}{}", shorten(&title, COLUMNS), "", shorten(file, COLUMNS - INDENT))
+        writeln!(out, "{title}\n{:INDENT$}{file}", "")
     }
 }
 

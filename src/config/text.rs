@@ -138,7 +138,7 @@ pub(crate) fn switch(text: &str) -> Result<bool, Broken> {
 
 /// A store's address.
 pub(crate) fn address(text: &str) -> Result<Address, Broken> {
-    Address::parse(text).map_err(|e| broken(e.to_string(), "write it like https://vault.example:8200"))
+    Address::parse(text).map_err(|e| broken(e.reason(), "write it like https://vault.example:8200"))
 }
 
 /// Certificates as PEM text; at least one, each of which decodes.
@@ -218,11 +218,15 @@ pub(crate) fn closest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) 
 
 /// The fault of an unknown name.
 pub(crate) fn unknown<'a>(name: &str, known: impl IntoIterator<Item = &'a str> + Clone) -> Broken {
-    let remedy = match closest(name, known.clone()) {
-        Some(meant) => format!("did you mean {meant}?"),
-        None => format!("remove it; known are {}", known.into_iter().collect::<Vec<_>>().join(", ")),
-    };
-    broken("is unknown", remedy)
+    const MOST: usize = 12;
+    if let Some(meant) = closest(name, known.clone()) {
+        return broken("is unknown", format!("did you mean {meant}?"));
+    }
+    let known: Vec<_> = known.into_iter().collect();
+    if known.len() > MOST {
+        return broken("is unknown", "remove it; the documentation lists what there is");
+    }
+    broken("is unknown", format!("remove it; known are {}", known.join(", ")))
 }
 
 #[cfg(test)]
