@@ -487,6 +487,58 @@ fn no_fault_repeats_a_value() {
     }
 }
 
+/// Pointers to every value of a document, mappings and lists too.
+fn pointers(value: &Value, at: String, into: &mut Vec<String>) {
+    let children: Vec<(String, &Value)> = match value {
+        Value::Object(map) => map.iter().map(|(name, value)| (name.replace('/', "~1"), value)).collect(),
+        Value::Array(items) => items.iter().enumerate().map(|(i, value)| (i.to_string(), value)).collect(),
+        _ => Vec::new(),
+    };
+    into.push(at.clone());
+    for (name, child) in children {
+        pointers(child, format!("{at}/{name}"), into);
+    }
+}
+
+/// Puts a canary in place of each value of each example in turn, inside `objects` too, as text, with odd characters, and in a
+/// list. Only names of files and kinds, which are no values, may be shown.
+#[test]
+fn no_fault_repeats_a_value_wherever_it_stands() {
+    const CANARY: &str = "cAnArY-7f3a";
+    const NAMES: [&str; 2] = ["objectName", "kind"];
+    let mut refused = 0;
+    for example in [PROVIDER_CLASS, OPENBAO, MADE, IMPORT] {
+        let mut document: Value = yaml::documents(example).unwrap().remove(0);
+        let objects = document.pointer("/spec/parameters/objects").and_then(Value::as_str);
+        if let Some(list) = objects.map(|text| yaml::documents(text).unwrap().remove(0)) {
+            *document.pointer_mut("/spec/parameters/objects").unwrap() = list;
+        }
+        let mut all = Vec::new();
+        pointers(&document, String::new(), &mut all);
+        for pointer in all.iter().filter(|pointer| !NAMES.iter().any(|name| pointer.ends_with(name))) {
+            for canary in [
+                CANARY.into(),
+                format!(" {CANARY}#\n").into(),
+                serde_json::json!([CANARY]),
+                serde_json::json!({"a": CANARY}),
+            ] {
+                let mut bad = document.clone();
+                *bad.pointer_mut(pointer).unwrap() = canary;
+                if let Some(objects) =
+                    bad.pointer_mut("/spec/parameters/objects").filter(|value| !value.is_string())
+                {
+                    *objects = objects.to_string().into();
+                }
+                if let Err(faults) = Class::read(&bad, 1) {
+                    refused += 1;
+                    assert!(!format!("{faults} {faults:?}").contains(CANARY), "{pointer}: {faults}");
+                }
+            }
+        }
+    }
+    assert!(refused > 200, "the canary met {refused} faults only");
+}
+
 #[test]
 fn a_field_name_cannot_steer_a_terminal() {
     let text = provider_class("\"a\\e[31m\\nb\": c", ONE_OBJECT, "");
