@@ -10,8 +10,8 @@ use crate::config::{text, yaml};
 
 /// Begins every variable.
 const PREFIX: &str = "FUSE_SECRETS_";
-/// Variables of the command line itself and of the tests, not settings of a mount.
-const NOT_SETTINGS: [&str; 4] = ["CONFIG", "LOG", "LOG_FORMAT", "TEST_"];
+/// Variables of the command line itself, not settings of a mount.
+const COMMAND_LINE: [&str; 3] = ["CONFIG", "LOG", "LOG_FORMAT"];
 
 macro_rules! layer {
     ($($(#[$meta:meta])* $field:ident),+ $(,)?) => {
@@ -182,7 +182,7 @@ impl Layer {
         for (variable, value) in variables {
             let variable = variable.to_string_lossy().into_owned();
             let Some(name) = variable.strip_prefix(PREFIX) else { continue };
-            if NOT_SETTINGS.iter().any(|n| if n.ends_with('_') { name.starts_with(n) } else { name == *n }) {
+            if COMMAND_LINE.contains(&name) || name.starts_with("TEST_") || is_service_link(name) {
                 continue;
             }
             match (layer.field(&name.to_ascii_lowercase()), value.into_string()) {
@@ -243,6 +243,12 @@ impl Layer {
         }
         sink.finish(Some(layer))
     }
+}
+
+/// Kubernetes puts `FUSE_SECRETS_SERVICE_HOST` and `FUSE_SECRETS_METRICS_PORT_9090_TCP` into every pod beside a Service named
+/// `fuse-secrets` or `fuse-secrets-metrics`.
+fn is_service_link(name: &str) -> bool {
+    name.ends_with("SERVICE_HOST") || name.split('_').any(|part| part == "PORT")
 }
 
 fn camel(name: &str) -> String {

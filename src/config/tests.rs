@@ -144,6 +144,17 @@ fn unknown_settings_are_answered_with_the_likely_one() {
 }
 
 #[test]
+fn what_kubernetes_says_of_a_service_of_our_name_is_no_setting() {
+    let links = [
+        ("FUSE_SECRETS_SERVICE_HOST", "10.0.0.1"),
+        ("FUSE_SECRETS_SERVICE_PORT_HTTP", "80"),
+        ("FUSE_SECRETS_PORT", "tcp://10.0.0.1:80"),
+        ("FUSE_SECRETS_METRICS_PORT_9090_TCP_ADDR", "10.0.0.1"),
+    ];
+    assert!(variables(&links) == Ok(Layer::default()));
+}
+
+#[test]
 fn a_login_is_whole_or_says_what_is_missing() {
     let said = |layer: Layer| resolve(layer).unwrap_err().to_string();
     assert!(said(Layer::default()).contains("login: is not given; give --token-file"));
