@@ -140,7 +140,12 @@ impl Class {
     ///
     /// # Errors
     /// What still nobody said (address, role), and what does not go together now.
-    pub fn into_spec(self, over: &Settings, under: &Settings, subject: Subject) -> Result<VolumeSpec, Faults> {
+    pub fn into_spec(
+        self,
+        over: &Settings,
+        under: &Settings,
+        subject: Subject,
+    ) -> Result<VolumeSpec, Faults> {
         let sink = Sink::new(self.to_string());
         let name = self.full_name();
         let mut said = self.settings;
@@ -214,7 +219,9 @@ fn kind(root: &Fields<'_>) -> Option<Kind> {
         }
     };
     let versions: &[&str] = match kind {
-        Kind::SecretProviderClass => &["secrets-store.csi.x-k8s.io/v1", "secrets-store.csi.x-k8s.io/v1alpha1"],
+        Kind::SecretProviderClass => {
+            &["secrets-store.csi.x-k8s.io/v1", "secrets-store.csi.x-k8s.io/v1alpha1"]
+        }
         Kind::SecretsStoreImport => &["deckhouse.io/v1alpha1"],
     };
     if version.is_some_and(|version| !versions.contains(&version)) {

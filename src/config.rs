@@ -85,7 +85,9 @@ impl Config {
             CredentialFile::Jwt(path) => ("jwt-file", Some(path)),
             CredentialFile::SecretId(path) => ("secret-id-file", path.as_ref()),
         };
-        Subject::Local(path.map_or_else(|| "no-secret-id".to_owned(), |path| format!("{kind}:{}", path.display())))
+        Subject::Local(
+            path.map_or_else(|| "no-secret-id".to_owned(), |path| format!("{kind}:{}", path.display())),
+        )
     }
 
     /// The login's secret half, as the store takes it.
@@ -132,9 +134,11 @@ impl Parsed {
             secret_id_file: reader.read("secret_id_file", layer.secret_id_file, path),
             allow_other: reader.read("allow_other", layer.allow_other, when),
             cache_size: reader.read("cache_size", layer.cache_size, |t| text::size(t, 64 << 10..=16 << 30)),
-            cache_entries: reader.read("cache_entries", layer.cache_entries, |t| text::count(t, 1..=1_000_000)),
+            cache_entries: reader
+                .read("cache_entries", layer.cache_entries, |t| text::count(t, 1..=1_000_000)),
             in_flight: reader.read("in_flight", layer.in_flight, |t| text::count(t, 1..=1_024)),
-            memory_limit: reader.read("memory_limit", layer.memory_limit, |t| text::size(t, 64 << 10..=64 << 30)),
+            memory_limit: reader
+                .read("memory_limit", layer.memory_limit, |t| text::size(t, 64 << 10..=64 << 30)),
             fuse_threads: reader.read("fuse_threads", layer.fuse_threads, |t| text::count(t, 1..=64)),
             ..Self::default()
         };
@@ -206,7 +210,11 @@ impl Parsed {
         }
         match (said, first) {
             (Some(said), Some((name, implied))) if !same_credential(said, implied) => {
-                reader.fault(name, "does not belong to the login method that is set", "change one of the two");
+                reader.fault(
+                    name,
+                    "does not belong to the login method that is set",
+                    "change one of the two",
+                );
                 None
             }
             (said, first) => said.or(first.map(|(_, method)| method)),
@@ -221,7 +229,8 @@ impl Parsed {
             return None;
         };
         let fits = |method: Option<AuthMethod>| method.is_none_or(|method| same_credential(method, first));
-        let explicit = layers.iter().find(|layer| layer.explicit && fits(layer.method)).and_then(|layer| layer.method);
+        let explicit =
+            layers.iter().find(|layer| layer.explicit && fits(layer.method)).and_then(|layer| layer.method);
         let method = explicit.unwrap_or(first);
 
         let (mut over, mut under, mut rest) = (Settings::default(), Settings::default(), Self::default());
@@ -284,7 +293,12 @@ struct Values<'a> {
 }
 
 impl Values<'_> {
-    fn read<T>(&self, name: &str, text: Option<String>, parse: impl Fn(&str) -> Result<T, Broken>) -> Option<T> {
+    fn read<T>(
+        &self,
+        name: &str,
+        text: Option<String>,
+        parse: impl Fn(&str) -> Result<T, Broken>,
+    ) -> Option<T> {
         self.sink.take(&self.source.spell(name), parse(&text?))
     }
 
@@ -321,7 +335,9 @@ fn when(text: &str) -> Result<Option<bool>, Broken> {
     if text == "auto" {
         return Ok(None);
     }
-    text::switch(text).map(Some).map_err(|_| broken("is none of auto, true, false", "write auto, true or false"))
+    text::switch(text)
+        .map(Some)
+        .map_err(|_| broken("is none of auto, true, false", "write auto, true or false"))
 }
 
 /// A proxy is set where others can read it, so it carries no password.

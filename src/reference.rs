@@ -18,6 +18,14 @@ pub struct AddressError {
     reason: &'static str,
 }
 
+impl AddressError {
+    /// The broken rule alone.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        self.reason
+    }
+}
+
 impl Address {
     /// Parses `https://host[:port]`; a single trailing `/` is accepted.
     ///

@@ -10,13 +10,17 @@ use crate::reference::Ownership;
 const PREFIX: &str = "fuse-secrets/";
 
 /// Freshness and ownership of a class. One that stands at both places is a fault: nobody could say which counts.
-pub(crate) fn read(annotations: Option<&Fields<'_>>, parameters: Option<&Fields<'_>>) -> (FreshnessSettings, Ownership) {
+pub(crate) fn read(
+    annotations: Option<&Fields<'_>>,
+    parameters: Option<&Fields<'_>>,
+) -> (FreshnessSettings, Ownership) {
     let places = Places { annotations, parameters };
     let interval = |t: &str| text::duration(t, INTERVAL);
     let freshness = FreshnessSettings {
         interval: places.read("fuse-secrets/refresh-interval", "refreshInterval", interval),
         max_age: places.read("fuse-secrets/max-age", "maxAge", interval),
-        open_deadline: places.read("fuse-secrets/open-deadline", "openDeadline", |t| text::duration(t, OPEN_DEADLINE)),
+        open_deadline: places
+            .read("fuse-secrets/open-deadline", "openDeadline", |t| text::duration(t, OPEN_DEADLINE)),
         stale_grace: places.read("fuse-secrets/stale-grace", "staleGrace", text::grace),
     };
     let ownership = Ownership {

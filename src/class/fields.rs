@@ -37,7 +37,10 @@ impl<'a> Fields<'a> {
 
     /// The raw value; null counts as absent, as in Kubernetes.
     pub(crate) fn raw(&self, name: &'static str) -> Option<&'a Value> {
-        self.asked.borrow_mut().push(name);
+        let mut asked = self.asked.borrow_mut();
+        if !asked.contains(&name) {
+            asked.push(name);
+        }
         self.map.get(name).filter(|value| !value.is_null())
     }
 
@@ -51,7 +54,10 @@ impl<'a> Fields<'a> {
         match self.raw(name)? {
             Value::String(text) => Some(text),
             Value::Array(_) | Value::Object(_) => {
-                self.fault(name, broken("is not text", "write one text; a block after | keeps several lines together"));
+                self.fault(
+                    name,
+                    broken("is not text", "write one text; a block after | keeps several lines together"),
+                );
                 None
             }
             _ => {
@@ -76,7 +82,11 @@ impl<'a> Fields<'a> {
     }
 
     /// A text that stands for something; empty counts as absent, as in the reference providers.
-    pub(crate) fn parse<T>(&self, name: &'static str, parse: impl FnOnce(&str) -> Result<T, Broken>) -> Option<T> {
+    pub(crate) fn parse<T>(
+        &self,
+        name: &'static str,
+        parse: impl FnOnce(&str) -> Result<T, Broken>,
+    ) -> Option<T> {
         let text = self.text(name).filter(|text| !text.is_empty())?;
         self.sink.take(&self.path(name), parse(text))
     }

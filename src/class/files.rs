@@ -7,7 +7,7 @@ use serde_json::Value;
 use crate::class::MAX_FILES;
 use crate::config::fault::{Broken, Sink, broken};
 use crate::config::text;
-use crate::reference::{Encoding, FilePath, FileSpec};
+use crate::reference::{Encoding, FilePath};
 
 /// A store's path and its query.
 pub(crate) struct SecretPath {
@@ -71,7 +71,8 @@ pub(crate) fn file_permission(value: &Value) -> Result<u16, Broken> {
     match value {
         Value::String(text) if text.starts_with('0') => text::mode(text),
         Value::Number(number) => {
-            let bits = number.as_u64().and_then(|n| u32::try_from(n).ok()).ok_or(broken("is not a mode", REMEDY))?;
+            let bits =
+                number.as_u64().and_then(|n| u32::try_from(n).ok()).ok_or(broken("is not a mode", REMEDY))?;
             let digits = bits.to_string();
             if digits.len() == 3 && digits.bytes().all(|b| matches!(b, b'0' | b'4' | b'6')) && bits >= 400 {
                 return Err(broken("is decimal to YAML, yet reads as octal", REMEDY));
@@ -82,23 +83,22 @@ pub(crate) fn file_permission(value: &Value) -> Result<u16, Broken> {
     }
 }
 
-/// Rules between the files of one volume; `fields` names where each came from.
-pub(crate) fn check_together(files: &[FileSpec], fields: &[String], list: &str, sink: &Sink) {
-    if files.len() > MAX_FILES {
-        let rule = format!("has {} files, more than {MAX_FILES}", files.len());
+/// Rules between the paths of one volume, also of files that are wrong otherwise; each with the field that names it.
+pub(crate) fn check_together(paths: &[(FilePath, String)], list: &str, sink: &Sink) {
+    if paths.len() > MAX_FILES {
+        let rule = format!("has {} files, more than {MAX_FILES}", paths.len());
         sink.add(list, broken(rule, "spread them over several classes and volumes"));
     }
     let mut seen = HashSet::new();
-    for (file, field) in files.iter().zip(fields) {
-        if !seen.insert(file.path.as_str()) {
-            let rule = format!("appears twice: {}", file.path);
-            sink.add(field, broken(rule, "give each file a path of its own"));
+    for (path, field) in paths {
+        if !seen.insert(path.as_str()) {
+            sink.add(field, broken(format!("appears twice: {path}"), "give each file a path of its own"));
         }
     }
-    for (file, field) in files.iter().zip(fields) {
-        let path = file.path.as_str();
-        let directories = path.match_indices('/').map(|(at, _)| &path[..at]);
-        if let Some(directory) = directories.into_iter().find(|directory| seen.contains(directory)) {
+    for (path, field) in paths {
+        let path = path.as_str();
+        let mut directories = path.match_indices('/').map(|(at, _)| &path[..at]);
+        if let Some(directory) = directories.find(|directory| seen.contains(directory)) {
             let rule = format!("lies below {directory}, which is a file");
             sink.add(field, broken(rule, "rename one: a path is either a file or a directory"));
         }
@@ -115,12 +115,29 @@ mod tests {
             assert_eq!(secret_path(text).ok().unwrap().path, "secret/data/app");
         }
         let versioned = secret_path("secret/data/app?version=3").ok().unwrap();
-        assert_eq!((versioned.path.as_str(), versioned.query.as_deref()), ("secret/data/app", Some("version=3")));
+        assert_eq!(
+            (versioned.path.as_str(), versioned.query.as_deref()),
+            ("secret/data/app", Some("version=3"))
+        );
     }
 
     #[test]
     fn a_secret_path_that_a_url_parser_would_rewrite_is_refused() {
-        for text in ["", "/", "v1/", "?version=1", "a//b", "a/../b", "a/./b", "a/", "a#b", "a\nb", "a%2fb", "a\\b", "a?x y"] {
+        for text in [
+            "",
+            "/",
+            "v1/",
+            "?version=1",
+            "a//b",
+            "a/../b",
+            "a/./b",
+            "a/",
+            "a#b",
+            "a\nb",
+            "a%2fb",
+            "a\\b",
+            "a?x y",
+        ] {
             assert!(secret_path(text).is_err(), "{text:?}");
         }
     }

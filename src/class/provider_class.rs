@@ -10,7 +10,7 @@ use crate::class::{Warning, extras, files};
 use crate::config::fault::{Broken, Sink, broken};
 use crate::config::settings::{ConnectionSettings, LoginSettings, Settings};
 use crate::config::{text, yaml};
-use crate::reference::{ClientCertificate, Encoding, FileSpec, Method, Ownership, Pem, Request};
+use crate::reference::{ClientCertificate, Encoding, FilePath, FileSpec, Method, Ownership, Pem, Request};
 
 /// Label of classes that Deckhouse's controller makes: their `secretObjects` only carry `decodeBase64`.
 const CARRIER: (&str, &str) = ("app.kubernetes.io/managed-by", "secrets-store-import");
@@ -26,7 +26,10 @@ pub(crate) fn read(
     let provider = spec.required("provider", "write vault, openbao or stronghold").unwrap_or_default();
     if !matches!(provider, "" | "vault" | "openbao" | "stronghold") {
         let rule = "is a provider that this driver does not replace";
-        spec.fault("provider", broken(rule, "choose one of vault, openbao, stronghold: stores that speak the Vault API"));
+        spec.fault(
+            "provider",
+            broken(rule, "choose one of vault, openbao, stronghold: stores that speak the Vault API"),
+        );
     }
     let decoded = secret_objects(spec, labels, &mut warnings);
     let Some(parameters) = spec.mapping("parameters") else {
@@ -74,12 +77,16 @@ impl Parameters<'_> {
         suffixes: [&'static str; N],
         parse: impl Fn(&str) -> Result<T, Broken>,
     ) -> Option<T> {
-        let spelt = suffixes.into_iter().flat_map(spellings);
-        let mut given = spelt.filter(|(bao, _)| self.openbao || !bao).map(|(_, name)| name).filter(|name| {
-            self.fields.raw(name).is_some_and(|value| value.as_str() != Some(""))
+        let mut given = suffixes.into_iter().flat_map(spellings).filter(|(bao, name)| {
+            let there = self.fields.raw(name).is_some_and(|value| value.as_str() != Some(""));
+            if there && *bao && !self.openbao {
+                let rule = "is a parameter of the provider openbao";
+                self.fields.fault(name, broken(rule, "begin it with vault, or write provider: openbao"));
+            }
+            there && (self.openbao || !*bao)
         });
-        let first = given.next();
-        for other in given {
+        let first = given.next().map(|(_, name)| name);
+        for (_, other) in given {
             let rule = format!("stands beside {}", first.unwrap_or_default());
             self.fields.fault(other, broken(rule, "keep one of the two"));
         }
@@ -200,25 +207,27 @@ fn objects(parameters: &Fields<'_>, mut decoded: HashMap<String, String>, sink: 
             return Vec::new();
         }
     };
-    let (mut specs, mut fields) = (Vec::new(), Vec::new());
+    let (mut specs, mut paths) = (Vec::new(), Vec::new());
     for item in mappings(items, &list, sink) {
-        if let Some(spec) = object(&item, &mut decoded) {
-            specs.push(spec);
-            fields.push(item.path("objectName"));
-        }
+        specs.extend(object(&item, &mut decoded, &mut paths));
         item.finish();
     }
     for field in decoded.into_values() {
         sink.add(field, broken("names no object", "name one of spec.parameters.objects[].objectName"));
     }
-    files::check_together(&specs, &fields, &list, sink);
+    files::check_together(&paths, &list, sink);
     specs
 }
 
 /// One entry of `objects`. Every field is read, so that every fault of it shows.
-fn object(item: &Fields<'_>, decoded: &mut HashMap<String, String>) -> Option<FileSpec> {
+fn object(
+    item: &Fields<'_>,
+    decoded: &mut HashMap<String, String>,
+    paths: &mut Vec<(FilePath, String)>,
+) -> Option<FileSpec> {
     let name = item.required("objectName", "name the file").map(str::to_owned);
     let path = name.as_ref().and_then(|_| item.parse("objectName", files::file_path));
+    paths.extend(path.clone().map(|path| (path, item.path("objectName"))));
     let secret = item.required("secretPath", "name the path at the store");
     let secret = secret.and_then(|_| item.parse("secretPath", files::secret_path));
     let method = item.parse("method", method).unwrap_or_default();

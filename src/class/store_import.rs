@@ -9,7 +9,11 @@ use crate::config::text;
 use crate::reference::{Encoding, FilePath, FileSpec, Method, Ownership, Request};
 
 /// Reads the spec. `annotations` are the document's.
-pub(crate) fn read(spec: &Fields<'_>, annotations: Option<&Fields<'_>>, sink: &Sink) -> (Settings, Vec<FileSpec>) {
+pub(crate) fn read(
+    spec: &Fields<'_>,
+    annotations: Option<&Fields<'_>>,
+    sink: &Sink,
+) -> (Settings, Vec<FileSpec>) {
     if spec.required("type", "write CSI").is_some_and(|kind| kind != "CSI") {
         spec.fault("type", broken("is not CSI", "write CSI: there is no other type"));
     }
@@ -39,7 +43,7 @@ pub(crate) fn read(spec: &Fields<'_>, annotations: Option<&Fields<'_>>, sink: &S
 fn file_list(spec: &Fields<'_>, sink: &Sink) -> Vec<FileSpec> {
     const REMEDY: &str = "list at least one file with name and source";
     let list = spec.path("files");
-    let (mut specs, mut fields) = (Vec::new(), Vec::new());
+    let (mut specs, mut paths) = (Vec::new(), Vec::new());
     if spec.raw("files").is_none() {
         sink.add(&list, broken("is missing", REMEDY));
     }
@@ -48,18 +52,16 @@ fn file_list(spec: &Fields<'_>, sink: &Sink) -> Vec<FileSpec> {
         sink.add(&list, broken("lists no file", REMEDY));
     }
     for item in items {
-        if let Some(spec) = file(&item) {
-            specs.push(spec);
-            fields.push(item.path("name"));
-        }
+        specs.extend(file(&item, &mut paths));
         item.finish();
     }
-    files::check_together(&specs, &fields, &list, sink);
+    files::check_together(&paths, &list, sink);
     specs
 }
 
-fn file(item: &Fields<'_>) -> Option<FileSpec> {
+fn file(item: &Fields<'_>, paths: &mut Vec<(FilePath, String)>) -> Option<FileSpec> {
     let name = item.required("name", "name the file").and_then(|_| item.parse("name", file_name));
+    paths.extend(name.clone().map(|path| (path, item.path("name"))));
     let decode = item.boolean("decodeBase64").unwrap_or(false);
     if item.raw("source").is_none() {
         item.fault("source", broken("is missing", "write path and key of the secret"));

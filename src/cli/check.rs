@@ -51,12 +51,17 @@ pub fn run(files: &[PathBuf]) -> Outcome {
         let name = file.display().to_string();
         match read(file) {
             Ok(text) => {
-                outcome.documents.extend(class::parse_each(&text).into_iter().map(|result| (name.clone(), result)));
+                outcome
+                    .documents
+                    .extend(class::parse_each(&text).into_iter().map(|result| (name.clone(), result)));
             }
             Err(error) => {
                 outcome.unreadable = true;
                 let sink = Sink::new("file");
-                sink.add("", broken(format!("cannot be read: {error}"), "check its path, permissions and encoding"));
+                sink.add(
+                    "",
+                    broken(format!("cannot be read: {error}"), "check its path, permissions and encoding"),
+                );
                 outcome.documents.push((name, sink.finish(None)));
             }
         }
@@ -88,7 +93,8 @@ impl Outcome {
                 Err(faults) => print_faults(out, file, faults),
             }),
             Format::Json => {
-                let documents: Vec<_> = self.documents.iter().map(|(file, result)| as_json(file, result)).collect();
+                let documents: Vec<_> =
+                    self.documents.iter().map(|(file, result)| as_json(file, result)).collect();
                 let all = json!({ "ok": self.exit_code() == 0, "documents": documents });
                 writeln!(out, "{all:#}")
             }
@@ -132,12 +138,13 @@ fn print_faults(out: &mut impl Write, file: &str, faults: &Faults) -> io::Result
 }
 
 fn head(out: &mut impl Write, verdict: &str, document: &str, file: &str) -> io::Result<()> {
-    let title = format!("{verdict:<INDENT$}{document}");
-    let room = COLUMNS.saturating_sub(title.chars().count() + 2).max(16);
-    if title.chars().count() + 2 + room <= COLUMNS {
-        writeln!(out, "{title}  {:>room$}", shorten(file, room))
+    let title = shorten(&format!("{verdict:<INDENT$}{document}"), COLUMNS);
+    let file = shorten(file, COLUMNS - INDENT);
+    let room = COLUMNS.saturating_sub(title.chars().count() + 2);
+    if file.chars().count() <= room {
+        writeln!(out, "{title}  {file:>room$}")
     } else {
-        writeln!(out, "{}\n{:INDENT$}{}", shorten(&title, COLUMNS), "", shorten(file, COLUMNS - INDENT))
+        writeln!(out, "{title}\n{:INDENT$}{file}", "")
     }
 }
 
@@ -160,7 +167,10 @@ fn table(out: &mut impl Write, class: &Class) -> io::Result<()> {
             request(file),
             file.key.clone().unwrap_or_else(|| "(all)".to_owned()),
             encoding(file.encoding).to_owned(),
-            file.ownership.or(class.settings.ownership).mode.map_or("default".to_owned(), |m| format!("{m:04o}")),
+            file.ownership
+                .or(class.settings.ownership)
+                .mode
+                .map_or("default".to_owned(), |m| format!("{m:04o}")),
         ]
     };
     let head = ["FILE", "SECRET", "KEY", "ENCODING", "MODE"].map(str::to_owned);

@@ -10,8 +10,8 @@ use crate::config::{text, yaml};
 
 /// Begins every variable.
 const PREFIX: &str = "FUSE_SECRETS_";
-/// Variables of the command line itself and of the tests, not settings of a mount.
-const NOT_SETTINGS: [&str; 4] = ["CONFIG", "LOG", "LOG_FORMAT", "TEST_"];
+/// Variables of the command line itself, not settings of a mount.
+const COMMAND_LINE: [&str; 3] = ["CONFIG", "LOG", "LOG_FORMAT"];
 
 macro_rules! layer {
     ($($(#[$meta:meta])* $field:ident),+ $(,)?) => {
@@ -174,20 +174,23 @@ impl Layer {
     ///
     /// # Errors
     /// Every unknown or undecodable variable.
-    pub fn from_environment(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Result<Self, Faults> {
+    pub fn from_environment(
+        variables: impl IntoIterator<Item = (OsString, OsString)>,
+    ) -> Result<Self, Faults> {
         let sink = Sink::new(Source::Environment.document());
         let mut layer = Self::default();
         for (variable, value) in variables {
             let variable = variable.to_string_lossy().into_owned();
             let Some(name) = variable.strip_prefix(PREFIX) else { continue };
-            if NOT_SETTINGS.iter().any(|n| if n.ends_with('_') { name.starts_with(n) } else { name == *n }) {
+            if COMMAND_LINE.contains(&name) || name.starts_with("TEST_") || is_service_link(name) {
                 continue;
             }
             match (layer.field(&name.to_ascii_lowercase()), value.into_string()) {
                 (Some(field), Ok(value)) if name == name.to_ascii_uppercase() => *field = Some(value),
                 (Some(_), Err(_)) => sink.add(variable, broken("is not UTF-8", "write it as UTF-8 text")),
                 _ => {
-                    let known: Vec<_> = Self::NAMES.iter().map(|name| Source::Environment.spell(name)).collect();
+                    let known: Vec<_> =
+                        Self::NAMES.iter().map(|name| Source::Environment.spell(name)).collect();
                     sink.add(&variable, text::unknown(&variable, known.iter().map(String::as_str)));
                 }
             }
@@ -207,7 +210,10 @@ impl Layer {
             (None, _) => return sink.finish(Some(layer)),
             (Some(Value::Object(map)), true) => map,
             _ => {
-                sink.add("", broken("is not one mapping of settings", "write one document of lines like maxAge: 5m"));
+                sink.add(
+                    "",
+                    broken("is not one mapping of settings", "write one document of lines like maxAge: 5m"),
+                );
                 return sink.finish(None);
             }
         };
@@ -227,13 +233,22 @@ impl Layer {
                     Some(items.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(","))
                 }
                 Value::Array(_) | Value::Object(_) => {
-                    sink.add(&key, broken("is not a single value", "write one text, number or true or false"));
+                    sink.add(
+                        &key,
+                        broken("is not a single value", "write one text, number or true or false"),
+                    );
                     None
                 }
             };
         }
         sink.finish(Some(layer))
     }
+}
+
+/// Kubernetes puts `FUSE_SECRETS_SERVICE_HOST` and `FUSE_SECRETS_METRICS_PORT_9090_TCP` into every pod beside a Service named
+/// `fuse-secrets` or `fuse-secrets-metrics`.
+fn is_service_link(name: &str) -> bool {
+    name.ends_with("SERVICE_HOST") || name.split('_').any(|part| part == "PORT")
 }
 
 fn camel(name: &str) -> String {

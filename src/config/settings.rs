@@ -6,9 +6,7 @@ use std::time::Duration;
 
 use crate::config::fault::{Sink, broken};
 use crate::config::text::spell;
-use crate::reference::{
-    Address, Auth, AuthMethod, ClientCertificate, Connection, Freshness, Ownership, Pem,
-};
+use crate::reference::{Address, Auth, AuthMethod, ClientCertificate, Connection, Freshness, Ownership, Pem};
 
 /// Refresh interval and greatest age: below a second a store is flooded, above a day a rotation is not one.
 pub const INTERVAL: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(86_400);

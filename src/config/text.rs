@@ -30,7 +30,12 @@ pub(crate) fn duration(text: &str, range: RangeInclusive<Duration>) -> Result<Du
         let (true, Some(factor)) = (bare(number), factor) else {
             return Err(broken("is not a duration", REMEDY));
         };
-        total = number.parse::<u64>().ok().and_then(|n| n.checked_mul(factor)).zip(total).and_then(|(a, b)| a.checked_add(b));
+        total = number
+            .parse::<u64>()
+            .ok()
+            .and_then(|n| n.checked_mul(factor))
+            .zip(total)
+            .and_then(|(a, b)| a.checked_add(b));
         rest = tail;
     }
     let outside = || {
@@ -55,7 +60,8 @@ pub(crate) fn grace(text: &str) -> Result<Grace, Broken> {
 pub(crate) fn spell(duration: Duration) -> String {
     let ms = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
     // The largest unit that leaves no rest; 90s rather than 1m30s.
-    let (unit, factor) = UNITS.iter().rev().find(|(_, factor)| ms > 0 && ms.is_multiple_of(*factor)).unwrap_or(&UNITS[1]);
+    let (unit, factor) =
+        UNITS.iter().rev().find(|(_, factor)| ms > 0 && ms.is_multiple_of(*factor)).unwrap_or(&UNITS[1]);
     format!("{}{unit}", ms / factor)
 }
 
@@ -66,7 +72,9 @@ pub(crate) fn size(text: &str, range: RangeInclusive<usize>) -> Result<usize, Br
         return Err(broken("has no unit", REMEDY));
     }
     let parsed = SIZES.iter().find_map(|(unit, factor)| Some((text.strip_suffix(unit)?, *factor)));
-    let Some((number, factor)) = parsed.filter(|(n, _)| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit())) else {
+    let Some((number, factor)) =
+        parsed.filter(|(n, _)| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
+    else {
         return Err(broken("is not a size", REMEDY));
     };
     let bytes = number.parse::<usize>().ok().and_then(|n| n.checked_mul(factor));
@@ -77,7 +85,8 @@ pub(crate) fn size(text: &str, range: RangeInclusive<usize>) -> Result<usize, Br
 }
 
 fn spell_size(bytes: usize) -> String {
-    let (unit, factor) = SIZES[..3].iter().rev().find(|(_, factor)| bytes.is_multiple_of(*factor)).unwrap_or(&SIZES[3]);
+    let (unit, factor) =
+        SIZES[..3].iter().rev().find(|(_, factor)| bytes.is_multiple_of(*factor)).unwrap_or(&SIZES[3]);
     format!("{}{unit}", bytes / factor)
 }
 
@@ -85,7 +94,10 @@ fn spell_size(bytes: usize) -> String {
 pub(crate) fn count(text: &str, range: RangeInclusive<usize>) -> Result<usize, Broken> {
     text.parse::<usize>().ok().filter(|n| range.contains(n)).ok_or_else(|| {
         let (low, high) = range.into_inner();
-        broken(format!("is not a whole number from {low} to {high}"), format!("write a number such as {high}"))
+        broken(
+            format!("is not a whole number from {low} to {high}"),
+            format!("write a number such as {high}"),
+        )
     })
 }
 
@@ -126,7 +138,7 @@ pub(crate) fn switch(text: &str) -> Result<bool, Broken> {
 
 /// A store's address.
 pub(crate) fn address(text: &str) -> Result<Address, Broken> {
-    Address::parse(text).map_err(|e| broken(e.to_string(), "write it like https://vault.example:8200"))
+    Address::parse(text).map_err(|e| broken(e.reason(), "write it like https://vault.example:8200"))
 }
 
 /// Certificates as PEM text; at least one, each of which decodes.
@@ -135,7 +147,10 @@ pub(crate) fn certificates(text: &str) -> Result<Pem, Broken> {
     let mut found = 0;
     for certificate in CertificateDer::pem_slice_iter(text.as_bytes()) {
         if certificate.is_err() {
-            return Err(broken("has a PEM block that does not decode", "paste the whole certificate, unchanged"));
+            return Err(broken(
+                "has a PEM block that does not decode",
+                "paste the whole certificate, unchanged",
+            ));
         }
         found += 1;
     }
@@ -168,7 +183,8 @@ pub(crate) fn word(text: &str) -> Result<String, Broken> {
     if (1..=512).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic()) {
         return Ok(text.to_owned());
     }
-    let rule = if text.is_empty() { "is empty" } else { "is not one word of 1 to 512 visible ASCII characters" };
+    let rule =
+        if text.is_empty() { "is empty" } else { "is not one word of 1 to 512 visible ASCII characters" };
     Err(broken(rule, "write the name as the store knows it, without blanks"))
 }
 
@@ -180,7 +196,8 @@ pub(crate) fn mount(text: &str) -> Result<String, Broken> {
         return Err(broken("begins with auth/, which the API adds by itself", REMEDY));
     }
     let legal = |part: &str| {
-        !matches!(part, "" | "." | "..") && part.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+        !matches!(part, "" | "." | "..")
+            && part.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
     };
     if mount.len() > 512 || !mount.split('/').all(legal) {
         return Err(broken("is not a path of letters, digits, - _ . and /", REMEDY));
@@ -201,11 +218,15 @@ pub(crate) fn closest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) 
 
 /// The fault of an unknown name.
 pub(crate) fn unknown<'a>(name: &str, known: impl IntoIterator<Item = &'a str> + Clone) -> Broken {
-    let remedy = match closest(name, known.clone()) {
-        Some(meant) => format!("did you mean {meant}?"),
-        None => format!("remove it; known are {}", known.into_iter().collect::<Vec<_>>().join(", ")),
-    };
-    broken("is unknown", remedy)
+    const MOST: usize = 12;
+    if let Some(meant) = closest(name, known.clone()) {
+        return broken("is unknown", format!("did you mean {meant}?"));
+    }
+    let known: Vec<_> = known.into_iter().collect();
+    if known.len() > MOST {
+        return broken("is unknown", "remove it; the documentation lists what there is");
+    }
+    broken("is unknown", format!("remove it; known are {}", known.join(", ")))
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! YAML as data: limits against hostile input, and errors that say where and never what.
 //!
 //! Scalars keep what the author meant: `0644` stays the text `0644` (YAML 1.1 reads it as octal, YAML 1.2 as decimal), while
-//! `0o644` is the number 420 in both.
+//! `0o644` is the number 420 in both. Only `true` and `false` are booleans: `secretKey: no` is the text it looks like.
 
 use serde_json::Value;
 use serde_saphyr::options::{AliasLimits, Options};
@@ -42,6 +42,7 @@ fn options() -> Options {
         alias_limits: aliases,
         leading_zero_numbers_as_strings: true,
         underscored_numbers_as_strings: true,
+        strict_booleans: true,
         with_snippet: false,
     }
 }
@@ -49,9 +50,14 @@ fn options() -> Options {
 /// The parser's own texts may quote the document (a key that is there twice, a tag), so only kind and place are taken over.
 fn in_own_words(error: &serde_saphyr::Error) -> Broken {
     use serde_saphyr::Error;
+    if let Error::AliasError { error, .. } = error.without_snippet() {
+        return in_own_words(error);
+    }
     let (rule, remedy) = match error.without_snippet() {
         Error::DuplicateMappingKey { .. } => ("a key stands twice in one mapping", "keep one of them"),
-        Error::UnknownAnchor { .. } => ("an alias names no anchor", "define the anchor above it or write the value out"),
+        Error::UnknownAnchor { .. } => {
+            ("an alias names no anchor", "define the anchor above it or write the value out")
+        }
         Error::Budget { .. }
         | Error::AliasReplayLimitExceeded { .. }
         | Error::AliasExpansionLimitExceeded { .. }
@@ -89,7 +95,8 @@ mod tests {
             let below = format!("*a{},", level - 1).repeat(10);
             text.push_str(&format!("a{level}: &a{level} [{}]\n", below.trim_end_matches(',')));
         }
-        assert!(documents(&text).unwrap_err().rule.contains("unfolds to too much"));
+        let fault = documents(&text).unwrap_err();
+        assert!(fault.rule.contains("unfolds to too much"), "{fault:?}");
     }
 
     #[test]
