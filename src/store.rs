@@ -19,6 +19,10 @@ mod retry;
 /// The Vault API.
 pub mod vault;
 
+/// A scripted server for the tests of this module.
+#[cfg(test)]
+mod testing;
+
 pub use error::{ErrorKind, StoreError};
 
 use std::future::Future;

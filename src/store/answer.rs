@@ -83,7 +83,9 @@ pub fn parse(body: SecretBytes) -> Result<Answer, ParseError> {
     let envelope = envelope(body.expose()).ok_or(ParseError::NotJson)?;
     let Some(data) = envelope.data else {
         let warnings = envelope.warnings.unwrap_or_default();
-        return Err(ParseError::NoData { warnings: warnings.iter().map(|text| super::error::one_line(text)).collect() });
+        return Err(ParseError::NoData {
+            warnings: warnings.iter().map(|text| super::error::one_line(text)).collect(),
+        });
     };
     let lease = match envelope.lease_id.filter(|id| !id.is_empty()) {
         Some(id) => Lease {

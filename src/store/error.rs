@@ -95,7 +95,9 @@ pub(super) fn one_line(text: &str) -> String {
     let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
     let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
     match text.split_once(" occurred: * ") {
-        Some((count, errors)) if count.ends_with("error") || count.ends_with("errors") => errors.replace(" * ", ", "),
+        Some((count, errors)) if count.ends_with("error") || count.ends_with("errors") => {
+            errors.replace(" * ", ", ")
+        }
         _ => text,
     }
 }
@@ -106,7 +108,8 @@ mod tests {
 
     #[test]
     fn lists_of_errors_become_one_line() {
-        let body = br#"{"errors":["2 errors occurred:\n\t* permission denied\n\t* invalid token\n\n","more"]}"#;
+        let body =
+            br#"{"errors":["2 errors occurred:\n\t* permission denied\n\t* invalid token\n\n","more"]}"#;
         assert_eq!(came_back(403, body, &[]), "403 (permission denied, invalid token, more)");
     }
 

@@ -4,8 +4,8 @@
 //! and tries again as [`super::retry`] says, all inside the caller's deadline. What comes back is an answer that stands
 //! (2xx, or a 4xx that no repetition changes) or a [`StoreError`] in people's words.
 //!
-//! Pooled connections close after 5 s without use, because TLS keeps plaintext in the buffers of an idle connection.
-//! Nothing of the environment is used: no proxy variables.
+//! Pooled connections close at most 5 s after their last use, because TLS keeps plaintext in the buffers of an idle
+//! connection. A proxy is used only if the connection names one; the environment's proxy variables are not read.
 
 /// Bodies both ways without copies that outlive them.
 mod body;
@@ -39,8 +39,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// One request, body included. Dynamic engines (a new database user) take seconds; kubelet gives a mount two minutes.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// An unused connection lives this long (see above).
-const IDLE_TIMEOUT: Duration = Duration::from_secs(5);
+/// An unused connection is closed between one and two of these later: the pool looks at its connections this often.
+const IDLE_TIMEOUT: Duration = Duration::from_millis(2500);
 
 /// Connections with a pool; beyond it the one unused for longest is closed. A node talks to a handful of stores.
 const MOST_POOLS: usize = 256;
@@ -104,11 +104,11 @@ impl Http {
         loop {
             let mut failures = Vec::new();
             let mut next = Next::Member;
-            for index in pool.order() {
+            for (index, member) in pool.order() {
                 if std::mem::replace(&mut sent, true) {
                     self.metrics.store_retries.increment();
                 }
-                match pool.members[index].exchange(&ask, &headers, body.as_ref()).await {
+                match member.exchange(&ask, &headers, body.as_ref()).await {
                     Ok(reply) => {
                         pool.preferred.store(index, Ordering::Relaxed);
                         return Ok(reply);
@@ -122,7 +122,7 @@ impl Http {
                     break;
                 }
             }
-            let error = together(failures, &ask);
+            let error = together(failures, &next, &ask);
             round += 1;
             let resume = Instant::now() + retry::pause(round - 1, error.retry_after);
             if next == Next::Stop || !error.is_retryable() || round >= ask.rounds || resume >= ask.deadline {
@@ -149,17 +149,17 @@ impl Http {
                 None => Pool::new(&connection, stamp).map(|pool| (Arc::new(pool), true)),
             }
         });
-        let local = |what: String, remedy: Option<String>| StoreError {
-            kind: ErrorKind::Local,
-            asked: ask.connection.addresses.first().map_or_else(|| "no address".to_owned(), |first| asked(ask, first)),
-            answered: what,
-            remedy,
-            retry_after: None,
-        };
         let (pool, new) = match timeout_at(ask.deadline.into(), made).await {
-            Ok(Ok(made)) => made.map_err(|fault| local(fault.what, Some(fault.remedy.to_owned())))?,
-            Ok(Err(_)) => return Err(local("the connection pool could not be made".to_owned(), None)),
-            Err(_) => return Err(past_deadline(ask, "reading the certificate files took too long")),
+            Ok(Ok(made)) => {
+                made.map_err(|fault| unasked(ask, ErrorKind::Local, &fault.what, Some(fault.remedy)))?
+            }
+            Ok(Err(_)) => {
+                return Err(unasked(ask, ErrorKind::Local, "no connection pool could be made", None));
+            }
+            Err(_) => {
+                let answered = "reading the certificate files took too long";
+                return Err(unasked(ask, ErrorKind::Deadline, answered, None));
+            }
         };
         pool.used.store(used, Ordering::Relaxed);
         if new {
@@ -195,10 +195,13 @@ impl Pool {
         })
     }
 
-    /// The members' indices: the one that answered last, then the others as they were named.
-    fn order(&self) -> impl Iterator<Item = usize> + use<> {
+    /// The members with their indices: the one that answered last, then the others as they were named.
+    fn order(&self) -> impl Iterator<Item = (usize, &Member)> {
         let preferred = self.preferred.load(Ordering::Relaxed);
-        std::iter::once(preferred).chain((0..self.members.len()).filter(move |index| *index != preferred))
+        let all = || self.members.iter().enumerate();
+        all()
+            .filter(move |(index, _)| *index == preferred)
+            .chain(all().filter(move |(index, _)| *index != preferred))
     }
 }
 
@@ -212,12 +215,9 @@ fn headers(ask: &Ask<'_>) -> Result<HeaderMap, StoreError> {
     let mut headers = HeaderMap::new();
     headers.insert(HeaderName::from_static("x-vault-request"), HeaderValue::from_static("true"));
     let mut insert = |name, value: &str, secret| {
-        let mut value = HeaderValue::from_str(value).map_err(|_| StoreError {
-            kind: ErrorKind::Refused,
-            asked: format!("{} {}", ask.method, ask.path),
-            answered: format!("the value of the header {name} cannot be sent"),
-            remedy: Some("use visible ASCII only".to_owned()),
-            retry_after: None,
+        let mut value = HeaderValue::from_str(value).map_err(|_| {
+            let answered = format!("the value of the header {name} cannot be sent");
+            unasked(ask, ErrorKind::Local, &answered, Some("use visible ASCII only"))
         })?;
         // Also keeps it out of the table of the HTTP/2 header compression.
         value.set_sensitive(secret);
@@ -236,12 +236,17 @@ fn headers(ask: &Ask<'_>) -> Result<HeaderMap, StoreError> {
     Ok(headers)
 }
 
-/// One error of what the members said: the first that may pass by itself, and the others behind it.
-fn together(mut failures: Vec<StoreError>, ask: &Ask<'_>) -> StoreError {
-    if failures.is_empty() {
-        return past_deadline(ask, "the store has no address");
-    }
+/// One error of what the members said, the others behind it: the one that stands, or else the first that may pass by
+/// itself.
+fn together(mut failures: Vec<StoreError>, next: &Next, ask: &Ask<'_>) -> StoreError {
+    let stands = failures.pop_if(|last| *next == Next::Stop && !last.is_retryable());
     let first = failures.iter().position(StoreError::is_retryable).unwrap_or(0);
+    if let Some(error) = stands {
+        failures.insert(first, error);
+    }
+    if failures.is_empty() {
+        return unasked(ask, ErrorKind::Local, "the store has no address", None);
+    }
     let mut error = failures.remove(first);
     for other in failures {
         error.answered = format!("{}; also {}: {}", error.answered, other.asked, other.answered);
@@ -249,21 +254,31 @@ fn together(mut failures: Vec<StoreError>, ask: &Ask<'_>) -> StoreError {
     error
 }
 
-fn past_deadline(ask: &Ask<'_>, answered: &str) -> StoreError {
+/// The error of a question that was never sent.
+fn unasked(ask: &Ask<'_>, kind: ErrorKind, answered: &str, remedy: Option<&str>) -> StoreError {
     StoreError {
-        kind: ErrorKind::Deadline,
-        asked: ask.connection.addresses.first().map_or_else(String::new, |address| asked(ask, address)),
+        kind,
+        asked: match ask.connection.addresses.first() {
+            Some(address) => asked(ask, address),
+            None => format!("{} {}", ask.method, ask.path),
+        },
         answered: answered.to_owned(),
-        remedy: None,
+        remedy: remedy.map(str::to_owned),
         retry_after: None,
     }
 }
 
 /// Statuses that another member or a later moment may change; anything else stands.
-fn verdict(status: StatusCode, headers: &HeaderMap, body: &SecretBytes, ask: &Ask<'_>, asked: &str) -> Option<Failure> {
+fn verdict(
+    status: StatusCode,
+    headers: &HeaderMap,
+    body: &SecretBytes,
+    ask: &Ask<'_>,
+    asked: &str,
+) -> Option<Failure> {
     let sealed = || {
         let text = String::from_utf8_lossy(body.expose());
-        text.contains("Vault is sealed") || text.contains("active cluster node not found")
+        text.contains(" is sealed") || text.contains("active cluster node not found")
     };
     let (kind, may_have_acted) = match status.as_u16() {
         429 => (ErrorKind::RateLimited, false),

@@ -49,15 +49,20 @@ pub(super) fn missing(request: &Request, mount: Option<&Mount>) -> String {
         (Some(2), None) => format!("{name} is a KV v2 mount, did you mean {name}data/{inside}?"),
         (Some(1), Some(rest)) => format!("{name} is a KV v1 mount, did you mean {name}{rest}?"),
         (Some(2), Some(rest)) => {
-            let version = request.query.as_deref().and_then(|query| {
-                query.split('&').find_map(|pair| pair.strip_prefix("version="))
-            });
+            let version = request
+                .query
+                .as_deref()
+                .and_then(|query| query.split('&').find_map(|pair| pair.strip_prefix("version=")));
             match version {
-                Some(version) => format!("{name} is a KV v2 mount, but {rest} or its version {version} does not exist"),
-                None => format!("{name} is a KV v2 mount, but {rest} does not exist in it: write it, or correct the name"),
+                Some(version) => {
+                    format!("{name} is a KV v2 mount, but {rest:?} or its version {version} does not exist")
+                }
+                None => format!(
+                    "{name} is a KV v2 mount, but {rest:?} does not exist in it: write it, or correct the name"
+                ),
             }
         }
-        _ => format!("{name} is a mount, but {inside} does not exist in it: write it, or correct the name"),
+        _ => format!("{name} is a mount, but {inside:?} does not exist in it: write it, or correct the name"),
     }
 }
 
@@ -88,12 +93,14 @@ pub(super) fn login(identity: &Identity, status: u16) -> String {
             "give a token that has not expired and whose policy allows read on auth/token/lookup-self{} ({who})",
             namespace(identity)
         ),
-        (_, 404) => format!("no auth method is mounted at auth/{mount}{}: correct its path", namespace(identity)),
+        (_, 404) => {
+            format!("no auth method is mounted at auth/{mount}{}: correct its path", namespace(identity))
+        }
         (AuthMethod::AppRole, _) => {
             format!("check the role id and that the secret id has neither expired nor been used up ({who})")
         }
         (AuthMethod::Kubernetes | AuthMethod::Jwt, _) => format!(
-            "check at auth/{mount}{} that the role {:?} exists and is bound to {}{}",
+            "check that auth/{mount}{} is mounted, and that its role {:?} exists and is bound to {}{}",
             namespace(identity),
             identity.auth.role,
             subject(identity),
@@ -106,7 +113,9 @@ fn who(identity: &Identity) -> String {
     let auth = &identity.auth;
     match auth.method {
         AuthMethod::Token => format!("the token of {}", subject(identity)),
-        AuthMethod::AppRole => format!("role id {:?} at auth/{} ({})", auth.role, auth.mount, subject(identity)),
+        AuthMethod::AppRole => {
+            format!("role id {:?} at auth/{} ({})", auth.role, auth.mount, subject(identity))
+        }
         AuthMethod::Kubernetes | AuthMethod::Jwt => {
             format!("role {:?} at auth/{} ({})", auth.role, auth.mount, subject(identity))
         }

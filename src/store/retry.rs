@@ -65,7 +65,13 @@ mod tests {
     use super::*;
 
     fn failure(kind: ErrorKind, may_have_acted: bool) -> Failure {
-        let error = StoreError { kind, asked: String::new(), answered: String::new(), remedy: None, retry_after: None };
+        let error = StoreError {
+            kind,
+            asked: String::new(),
+            answered: String::new(),
+            remedy: None,
+            retry_after: None,
+        };
         Failure { error, may_have_acted }
     }
 

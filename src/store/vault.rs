@@ -42,7 +42,8 @@ impl Vault {
         reply: Reply,
     ) -> StoreError {
         if let Some(obituary) = answer::obituary(reply.body.expose()) {
-            let remedy = "write a new version, undelete this one, or ask for another with ?version=N".to_owned();
+            let remedy =
+                "write a new version, undelete this one, or ask for another with ?version=N".to_owned();
             let error = fault(&reply, ErrorKind::Missing, &[token.expose()], Some(remedy));
             return StoreError { answered: format!("404 ({obituary})"), ..error };
         }
@@ -76,7 +77,8 @@ impl Store for Vault {
             remedy: Some(fault.remedy.to_owned()),
             retry_after: None,
         };
-        let limit = tokio::time::timeout_at(deadline.into(), login::question(&identity.auth, credential)).await;
+        let limit =
+            tokio::time::timeout_at(deadline.into(), login::question(&identity.auth, credential)).await;
         let question = limit.unwrap_or(Err(Unusable {
             what: "reading the credential file took too long".to_owned(),
             remedy: "check the file system that it is on",
@@ -90,30 +92,33 @@ impl Store for Vault {
                     ..ask(identity, Verb::POST, &path, None, deadline)
                 };
                 let reply = self.http.ask(ask).await?;
-                let login = reply.status.is_success().then(|| login::granted(reply.body.expose()));
-                granted(identity, &reply, &hidden, login)
+                accepted(&reply, &hidden, || Some(remedy::login(identity, reply.status.as_u16())))?;
+                login::granted(reply.body.expose()).ok_or_else(|| tokenless(&reply, &hidden))
             }
             Question::Lookup { token } => {
                 let ask = ask(identity, Verb::GET, "auth/token/lookup-self", Some(&token), deadline);
                 let reply = self.http.ask(ask).await?;
-                if reply.status.is_success() {
-                    let login = login::looked_up(reply.body.expose(), token);
-                    return granted(identity, &reply, &[], Some(login));
-                }
-                granted(identity, &reply, &[token.expose()], None)
+                let remedy = || Some(remedy::login(identity, reply.status.as_u16()));
+                accepted(&reply, &[token.expose()], remedy)?;
+                login::looked_up(reply.body.expose(), token).ok_or_else(|| tokenless(&reply, &[]))
             }
         }
     }
 
-    async fn renew(&self, identity: &Identity, token: &Token, deadline: Instant) -> Result<Login, StoreError> {
+    async fn renew(
+        &self,
+        identity: &Identity,
+        token: &Token,
+        deadline: Instant,
+    ) -> Result<Login, StoreError> {
         self.metrics.store_renewals.increment();
         let ask = Ask {
             body: Some(SecretBytes::new(b"{}".to_vec())),
             ..ask(identity, Verb::POST, "auth/token/renew-self", Some(token), deadline)
         };
         let reply = self.http.ask(ask).await?;
-        let login = reply.status.is_success().then(|| login::granted(reply.body.expose()));
-        granted(identity, &reply, &[token.expose()], login)
+        accepted(&reply, &[token.expose()], || None)?;
+        login::granted(reply.body.expose()).ok_or_else(|| tokenless(&reply, &[token.expose()]))
     }
 
     async fn read(
@@ -157,11 +162,7 @@ impl Store for Vault {
             ..ask(identity, Verb::POST, "auth/token/revoke-self", Some(token), deadline)
         };
         let reply = self.http.ask(ask).await?;
-        match reply.status {
-            status if status.is_success() => Ok(()),
-            StatusCode::FORBIDDEN => Err(fault(&reply, ErrorKind::Denied, &[token.expose()], None)),
-            _ => Err(fault(&reply, ErrorKind::Refused, &[token.expose()], None)),
-        }
+        accepted(&reply, &[token.expose()], || None)
     }
 }
 
@@ -187,35 +188,33 @@ fn ask<'a>(
     }
 }
 
-/// What a login or renewal gave: `login` is `None` for a refusal, `Some(None)` for a success without a token.
-fn granted(
-    identity: &Identity,
+/// Whether a login, renewal or revocation was accepted.
+fn accepted(
     reply: &Reply,
     hidden: &[&str],
-    login: Option<Option<Login>>,
-) -> Result<Login, StoreError> {
-    match login {
-        Some(Some(login)) => Ok(login),
-        Some(None) => {
-            let remedy = "check that this is a store of the Vault API and that the login asks for no second factor";
-            let error = fault(reply, ErrorKind::Malformed, hidden, Some(remedy.to_owned()));
-            Err(StoreError { answered: format!("{} without a token", error.answered), ..error })
-        }
-        None => {
-            let kind = match reply.status {
-                StatusCode::FORBIDDEN | StatusCode::UNAUTHORIZED => ErrorKind::Denied,
-                StatusCode::NOT_FOUND => ErrorKind::Missing,
-                _ => ErrorKind::Refused,
-            };
-            Err(fault(reply, kind, hidden, Some(remedy::login(identity, reply.status.as_u16()))))
-        }
-    }
+    remedy: impl FnOnce() -> Option<String>,
+) -> Result<(), StoreError> {
+    let kind = match reply.status {
+        status if status.is_success() => return Ok(()),
+        StatusCode::FORBIDDEN | StatusCode::UNAUTHORIZED => ErrorKind::Denied,
+        StatusCode::NOT_FOUND => ErrorKind::Missing,
+        _ => ErrorKind::Refused,
+    };
+    Err(fault(reply, kind, hidden, remedy()))
+}
+
+/// The error of a login that was accepted and gave no token.
+fn tokenless(reply: &Reply, hidden: &[&str]) -> StoreError {
+    let remedy = "check that this is a store of the Vault API and that the login asks for no second factor";
+    let error = fault(reply, ErrorKind::Malformed, hidden, Some(remedy.to_owned()));
+    StoreError { answered: format!("{} without a token", error.answered), ..error }
 }
 
 /// The error of an answer that stands.
 fn fault(reply: &Reply, kind: ErrorKind, hidden: &[&str], remedy: Option<String>) -> StoreError {
     let speaks_tls = reply.body.expose().starts_with(b"Client sent an HTTP request to an HTTPS server");
-    let remedy = if speaks_tls { Some("the store speaks TLS there: write https://".to_owned()) } else { remedy };
+    let remedy =
+        if speaks_tls { Some("the store speaks TLS there: write https://".to_owned()) } else { remedy };
     StoreError {
         kind,
         asked: reply.asked.clone(),

@@ -33,9 +33,9 @@ pub(super) fn outgoing(secret: SecretBytes) -> Bytes {
 
 /// Reads an answer's body. A buffer that turns out too small is wiped when its content has moved.
 pub(super) async fn incoming(response: &mut reqwest::Response) -> Result<SecretBytes, BodyError> {
-    let announced = response.content_length().map_or(USUAL_ANSWER, |length| {
-        usize::try_from(length).unwrap_or(usize::MAX)
-    });
+    let announced = response
+        .content_length()
+        .map_or(USUAL_ANSWER, |length| usize::try_from(length).unwrap_or(usize::MAX));
     if announced > LARGEST_ANSWER {
         return Err(BodyError::TooLarge);
     }

@@ -69,7 +69,7 @@ fn tls_words(error: &rustls::Error, address: &Address, connection: &Connection) 
                 "correct the address, or set the server name to one in the certificate".to_owned(),
             ),
             Fault::NotValidForNameContext { presented, .. } => (
-                format!("the certificate is not for {expected} but for {}", one_line(&presented.join(", "))),
+                format!("the certificate is not for {expected} but for {}", bare(presented)),
                 "correct the address, or set the server name to one of these".to_owned(),
             ),
             other => (
@@ -107,6 +107,15 @@ fn tls_words(error: &rustls::Error, address: &Address, connection: &Connection) 
         ),
     };
     Words { kind: ErrorKind::Certificate, answered, remedy: Some(remedy) }
+}
+
+/// The names of a certificate without the kind that TLS writes around them: `DnsName("vault")`.
+fn bare(names: &[String]) -> String {
+    let bare = |name: &String| {
+        let inner = name.split_once('(').map_or(name.as_str(), |(_, rest)| rest);
+        inner.trim_matches(['"', ')']).to_owned()
+    };
+    one_line(&names.iter().map(bare).collect::<Vec<_>>().join(", "))
 }
 
 fn trusted(connection: &Connection) -> String {

@@ -56,7 +56,13 @@ impl Member {
         let exchange = match timeout_at(limit.into(), self.follow(ask, headers, body)).await {
             Ok(done) => done?,
             Err(_) if limit == ask.deadline => {
-                return Err(failed(ask, &self.address, ErrorKind::Deadline, "no answer by the deadline", None));
+                return Err(failed(
+                    ask,
+                    &self.address,
+                    ErrorKind::Deadline,
+                    "no answer by the deadline",
+                    None,
+                ));
             }
             Err(_) => {
                 let answered = format!("no answer within {REQUEST_TIMEOUT:?}");
@@ -187,7 +193,10 @@ fn url(address: &Address, ask: &Ask<'_>) -> Result<Url, &'static str> {
 
 /// The name that TLS asks for, if it is another than the address's.
 fn certified_name<'a>(connection: &'a Connection, address: &Address) -> Option<&'a str> {
-    connection.server_name.as_deref().filter(|name| address.is_https() && address.url().host_str() != Some(name))
+    connection
+        .server_name
+        .as_deref()
+        .filter(|name| address.is_https() && address.url().host_str() != Some(name))
 }
 
 /// A client for one address, or for all if no server name is set. Blocks.
@@ -210,7 +219,8 @@ fn client(connection: &Connection, address: &Address) -> Result<Client, Unusable
         }
         if connection.proxy.is_some() {
             return Err(Unusable {
-                what: "a server name and a proxy are both set, and the proxy would look the name up itself".to_owned(),
+                what: "a server name and a proxy are both set, and the proxy would look the name up itself"
+                    .to_owned(),
                 remedy: "write the name into the store's address",
             });
         }
@@ -243,7 +253,13 @@ impl Resolve for Fixed {
 }
 
 /// A failure after which it is unknown whether the store acted.
-fn failed(ask: &Ask<'_>, address: &Address, kind: ErrorKind, answered: &str, remedy: Option<&str>) -> Failure {
+fn failed(
+    ask: &Ask<'_>,
+    address: &Address,
+    kind: ErrorKind,
+    answered: &str,
+    remedy: Option<&str>,
+) -> Failure {
     let error = StoreError {
         kind,
         asked: asked(ask, address),

@@ -119,7 +119,10 @@ fn read(path: &Path, pem: &mut Vec<u8>) -> Result<(), Unusable> {
     let length = file.take(room + 1).read_to_end(pem).map_err(|error| unreadable(path, &error))?;
     if length as u64 > room {
         return Err(Unusable {
-            what: format!("{} brings the certificates of this store to more than {LARGEST_PEM} bytes", path.display()),
+            what: format!(
+                "{} brings the certificates of this store to more than {LARGEST_PEM} bytes",
+                path.display()
+            ),
             remedy: "name only the CA that signed the store's certificate",
         });
     }

@@ -14,17 +14,24 @@ const LARGEST: u64 = 64 << 10;
 
 /// Reads one credential. Blocks, but never on a pipe. `private`: warn if everybody may read it.
 pub(super) fn read(path: &Path, private: bool) -> Result<Token, Unusable> {
-    let refuse = |what: String, remedy| Unusable { what: format!("cannot use {}: {what}", path.display()), remedy };
-    let io = |error: std::io::Error| refuse(error.to_string(), "check that it exists and that the agent may read it");
+    let refuse =
+        |what: String, remedy| Unusable { what: format!("cannot use {}: {what}", path.display()), remedy };
+    let io = |error: std::io::Error| {
+        refuse(error.to_string(), "check that it exists and that the agent may read it")
+    };
     let file = std::fs::File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(io)?;
     let meta = file.metadata().map_err(io)?;
     if !meta.is_file() {
-        return Err(refuse("not a regular file".to_owned(), "it is read at each login, so a pipe cannot serve"));
+        return Err(refuse(
+            "not a regular file".to_owned(),
+            "it is read at each login, so a pipe cannot serve",
+        ));
     }
     if private && meta.mode() & 0o004 != 0 {
         tracing::warn!(path = %path.display(), "every user may read this credential file: chmod o-r");
     }
-    let too_large = || refuse(format!("larger than {LARGEST} bytes"), "name the file that holds the token alone");
+    let too_large =
+        || refuse(format!("larger than {LARGEST} bytes"), "name the file that holds the token alone");
     if meta.len() > LARGEST {
         return Err(too_large());
     }
