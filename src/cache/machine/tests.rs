@@ -596,6 +596,52 @@ fn a_volume_that_comes_after_a_failure_asks_again() {
 }
 
 #[test]
+fn volumes_that_come_together_share_a_failure_too() {
+    let mut world = World::healthy();
+    let key = key(&identity("a"), "one");
+    world.reads_go_down(ErrorKind::Missing);
+    for _ in 0..100 {
+        world.register(std::slice::from_ref(&key), every(600));
+        world.pass(Duration::from_millis(5));
+    }
+    assert_eq!(world.read_times.len(), 1);
+}
+
+#[test]
+fn leased_values_are_read_anew_with_the_token_that_replaces_theirs() {
+    let mut world = World::healthy();
+    world.login = Box::new(|| Some(Ok(Terms { renewable: false, ttl: Some(seconds(300)) })));
+    world.read = Box::new(|key, _| {
+        let id = key.request.path.starts_with("database").then(|| "lease".to_owned());
+        Some(Ok(Lease { id, duration: Some(seconds(86_400)), renewable: false }))
+    });
+    let identity = identity("a");
+    let keys = [key(&identity, "database/creds/app"), key(&identity, "plain")];
+    world.register(&keys, every(600));
+    world.pass(seconds(210));
+    let leased = world.machine.entry(&keys[0]).unwrap();
+    assert_eq!(world.login_times.len(), 2);
+    let again: Vec<_> = world.read_times[2..].iter().map(|(id, _)| *id).collect();
+    assert_eq!(again, [leased]);
+}
+
+#[test]
+fn a_request_whose_end_is_never_told_costs_a_delay_and_frees_the_budget() {
+    let mut world = World::new(Limits { in_flight: 1, ..Limits::default() });
+    let keys = [key(&identity("a"), "one")];
+    world.login = Box::new(|| None);
+    world.register(&keys, every(60));
+    world.pass(seconds(36));
+    assert_eq!(world.errors.len(), 1, "the login is given up");
+    world.login = Box::new(|| Some(Ok(FOREVER)));
+    world.reads_hang();
+    world.pass(seconds(36));
+    world.reads_come_back();
+    world.pass(seconds(5));
+    assert_eq!(world.state(&keys[0]), State::Fresh);
+}
+
+#[test]
 fn ten_thousand_values_that_began_together_spread_out() {
     let mut world = World::new(Limits { in_flight: 10_000, ..Limits::default() });
     let identity = identity("a");
