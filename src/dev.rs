@@ -3,12 +3,16 @@
 //! only, speaks plain HTTP, and is no place for secrets that matter.
 //!
 //! What it has: KV version 1 (`kv/`) and 2 (`secret/`), and more such mounts; the auth methods token, approle, jwt and
-//! kubernetes (the latter two with given public keys; it never connects to anything); ACL policies ([`policy`] says which);
+//! kubernetes (the latter two with given public keys; it never connects to anything); ACL policies (paths and capabilities);
 //! `sys/health`, seal, mounts, auth methods and policies. What it answers is worded and shaped as Vault 1.21 answers, so
 //! that the `vault` command line works with it and one test body can run against both. What it does not have is answered
 //! with an error, never with something else.
 //!
-//! A request's way: [`server`] (HTTP, faults, counts) → [`state`] (seal, token, policy) → [`sys`], [`auth`] or [`kv`].
+//! Three differences from a real server are on purpose: any key unseals, the namespace header is only counted (a server
+//! without namespaces ignores it too), and of a role's fields it knows policies, `ttl`, `max_ttl`, what is bound to whom, and
+//! ignores the rest, such as address ranges.
+//!
+//! A request's way: `server` (HTTP, faults, counts) → `state` (seal, token, policy) → `sys`, `auth` or `kv`.
 //!
 //! # Faults
 //! In Rust through [`Embedded::inject`] and [`Embedded::hold`]; over HTTP by POST with a root token, all members optional:

@@ -51,7 +51,7 @@ impl Engine {
 
 /// A JSON object as text with sorted keys, as the real server returns it; numbers keep their digits.
 fn canonical(object: &str) -> Option<SecretBytes> {
-    let members: BTreeMap<&str, &RawValue> = serde_json::from_str(object).ok().or_else(|| None)?;
+    let members: BTreeMap<String, &RawValue> = serde_json::from_str(object).ok()?;
     serde_json::to_vec(&members).ok().map(SecretBytes::new)
 }
 

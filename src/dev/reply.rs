@@ -103,7 +103,8 @@ impl Reply {
 
     /// JSON without the envelope.
     pub(super) fn bare(status: StatusCode, body: &impl Serialize) -> Outcome {
-        let body = serde_json::to_vec(body).map_err(|error| Refusal::internal(&error.to_string()))?;
+        let mut body = serde_json::to_vec(body).map_err(|error| Refusal::internal(&error.to_string()))?;
+        body.push(b'\n');
         Ok(Self { status, body, retry_after: None })
     }
 

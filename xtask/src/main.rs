@@ -1,1 +1,52 @@
-fn main() {}
+//! One command per task of this repository. `cargo xtask --help` lists them; CI calls the same.
+//!
+//! | file | what it knows |
+//! |---|---|
+//! | `setup.rs` | what a machine must have, and how to get it |
+//! | `test.rs` | the steps of the test run, their order, the sum at the end |
+//! | `tools.rs` | what is built once and kept under `target/tools` |
+//! | `vault.rs` | how the real Vault server for the tests is built |
+//! | `command.rs` | running other programs |
+
+// This is a program that talks to people in a terminal.
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+mod command;
+mod setup;
+mod test;
+mod tools;
+mod vault;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+/// Tasks of the fuse-secrets repository.
+#[derive(Parser)]
+#[command(
+    bin_name = "cargo xtask",
+    after_help = "A fresh machine:\n  \
+        cargo xtask setup        says what is missing, and installs what it may\n  \
+        cargo xtask test         everything that CI runs; the first time it builds a Vault server (10-15 min)\n\n\
+        While you write:\n  \
+        cargo xtask test --only unit\n  \
+        cargo xtask test --only clippy --only fmt"
+)]
+enum Task {
+    Setup(setup::Args),
+    Test(test::Args),
+}
+
+fn main() -> ExitCode {
+    let done = match Task::parse() {
+        Task::Setup(args) => setup::run(&args),
+        Task::Test(args) => test::run(&args),
+    };
+    match done {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("cargo xtask: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -55,10 +55,11 @@ impl Jwt {
         if !role.bound_subject.is_empty() && claims.text("sub") != Some(&role.bound_subject) {
             return Err(invalid("invalid subject (sub) claim"));
         }
-        role.check(&claims)?;
+        role.check_audience(&claims)?;
         let user = claims.value(&role.user_claim).map(text);
         let user =
             user.ok_or_else(|| Refusal::bad(format!("claim \"{}\" not found in token", role.user_claim)))?;
+        role.check_claims(&claims)?;
         Ok(role.grant.issue(format!("jwt-{user}"), json!({ "role": name })))
     }
 
@@ -166,13 +167,17 @@ impl Role {
         Ok(())
     }
 
-    fn check(&self, claims: &Claims) -> Result<(), Refusal> {
+    fn check_audience(&self, claims: &Claims) -> Result<(), Refusal> {
         if !self.bound_audiences.is_empty() {
             let invalid = |why| Refusal::bad(format!("error validating token: {why}"));
             claims.check_audience(&self.bound_audiences).map_err(invalid)?;
         } else if !claims.values("aud").is_empty() {
             return Err(Refusal::bad("audience claim found in JWT but no audiences bound to the role"));
         }
+        Ok(())
+    }
+
+    fn check_claims(&self, claims: &Claims) -> Result<(), Refusal> {
         for (name, bound) in &self.bound_claims {
             let found = claims.values(name);
             if found.is_empty() {
