@@ -127,7 +127,11 @@ impl Agent {
     ///
     /// # Errors
     /// [`StartError`]
-    pub fn start<S: Store>(store: Arc<S>, metrics: Arc<Metrics>, setup: Setup) -> Result<Arc<Self>, StartError> {
+    pub fn start<S: Store>(
+        store: Arc<S>,
+        metrics: Arc<Metrics>,
+        setup: Setup,
+    ) -> Result<Arc<Self>, StartError> {
         let memory = match setup.memory {
             Some(bytes) => SecretMemory::with_limit(bytes)?,
             None => SecretMemory::new()?,
@@ -180,7 +184,12 @@ impl Agent {
     ///
     /// # Errors
     /// [`ServeError::Mount`], [`ServeError::Serve`]; nothing stays mounted.
-    pub async fn serve(&self, path: &Path, volume: Arc<Volume>, allow_other: bool) -> Result<Arc<Served>, ServeError> {
+    pub async fn serve(
+        &self,
+        path: &Path,
+        volume: Arc<Volume>,
+        allow_other: bool,
+    ) -> Result<Arc<Served>, ServeError> {
         let fs = Fs::new(volume);
         let options = Options { allow_other, max_read: self.pool.buffer_size() };
         let directory = path.to_owned();

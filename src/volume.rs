@@ -235,6 +235,11 @@ impl Volume {
         metrics.generations_built.increment();
         metrics.generations_evicted.add(gone.iter().filter(|(_, open)| *open).count() as u64);
         metrics.memory_used.set(self.surroundings.memory.used() as u64);
+        if number > 1 {
+            let names: Vec<&str> =
+                images.iter().zip(&differs).filter(|(_, d)| **d).map(|(image, _)| image.path).collect();
+            tracing::info!(volume = %self.id.0, generation = number, files = names.join(", "), "changed");
+        }
         if let Some(listener) = self.listener.get().and_then(Weak::upgrade) {
             let gone = gone.into_iter().map(|(number, _)| number).collect();
             let files = (0..files.len()).filter(|&i| differs[i]).collect();

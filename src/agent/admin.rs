@@ -90,9 +90,15 @@ pub async fn ask_all(question: &Question) -> Vec<(PathBuf, io::Result<Reply>)> {
     let mut answers = Vec::new();
     for directory in runtime::directories() {
         let Ok(entries) = std::fs::read_dir(&directory) else { continue };
-        for path in entries.flatten().map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|e| e == "sock")) {
+        for path in entries
+            .flatten()
+            .map(|entry| entry.path())
+            .filter(|path| path.extension().is_some_and(|e| e == "sock"))
+        {
             let answer = tokio::time::timeout(DEADLINE, ask(&path, question)).await;
-            match answer.unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "no answer within 5 s"))) {
+            match answer
+                .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "no answer within 5 s")))
+            {
                 // Left behind by a process that was killed; its successor of the same number would have taken it over.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
                     let _ = std::fs::remove_file(&path);

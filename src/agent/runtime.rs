@@ -33,7 +33,10 @@ pub fn make_private(path: &Path) -> io::Result<()> {
     if ours && found.mode() & 0o077 == 0 {
         return Ok(());
     }
-    let text = format!("{} must be a directory of this user's that nobody else may enter (mode 0700)", path.display());
+    let text = format!(
+        "{} must be a directory of this user's that nobody else may enter (mode 0700)",
+        path.display()
+    );
     Err(io::Error::new(io::ErrorKind::PermissionDenied, text))
 }
 
@@ -42,7 +45,8 @@ pub fn make_private(path: &Path) -> io::Result<()> {
 pub fn directories() -> Vec<PathBuf> {
     let mut found = vec![directory()];
     if rustix::process::geteuid().is_root() {
-        let entries = |path: &str| std::fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
+        let entries =
+            |path: &str| std::fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
         found.extend(entries("/run/user").map(|user| user.join("fuse-secrets")));
         found.extend(entries("/tmp").filter(|path| {
             path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("fuse-secrets-"))

@@ -69,16 +69,18 @@ pub fn start(error: &StartError) -> u8 {
 #[must_use]
 pub fn serve(error: &ServeError) -> u8 {
     match error {
-        ServeError::Publish(PublishError::Store(errors)) => errors.first().map_or(FAILED, |(_, error)| match error.kind {
-            ErrorKind::Unreachable
-            | ErrorKind::Certificate
-            | ErrorKind::RateLimited
-            | ErrorKind::Unavailable
-            | ErrorKind::Malformed
-            | ErrorKind::Deadline => UNAVAILABLE,
-            ErrorKind::Denied | ErrorKind::Missing | ErrorKind::Refused => REFUSED,
-            ErrorKind::Local => NO_INPUT,
-        }),
+        ServeError::Publish(PublishError::Store(errors)) => {
+            errors.first().map_or(FAILED, |(_, error)| match error.kind {
+                ErrorKind::Unreachable
+                | ErrorKind::Certificate
+                | ErrorKind::RateLimited
+                | ErrorKind::Unavailable
+                | ErrorKind::Malformed
+                | ErrorKind::Deadline => UNAVAILABLE,
+                ErrorKind::Denied | ErrorKind::Missing | ErrorKind::Refused => REFUSED,
+                ErrorKind::Local => NO_INPUT,
+            })
+        }
         ServeError::Publish(PublishError::Cache(CacheError::Limit { .. })) => LIMIT,
         ServeError::Publish(PublishError::Build(BuildError::Extract(_))) => DATA,
         ServeError::Publish(PublishError::Build(BuildError::Write(WriteError::Memory(_)))) => LIMIT,

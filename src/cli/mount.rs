@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 
+use super::exit;
 use super::panics::Panicked;
 use super::serving::{End, Signals, allow_other, prepare, until_the_end};
-use super::exit;
 use crate::agent::{Agent, Setup, admin};
 use crate::class::{self, Class};
 use crate::config::{Config, Faults, Layer};
@@ -141,14 +141,16 @@ fn before(options: &Options) -> Result<(Config, VolumeSpec), BeforeError> {
         Some(path) => Layer::from_yaml(&read(path)?).map_err(BeforeError::Settings)?,
         None => Layer::default(),
     };
-    let config = Config::resolve(options.settings.clone(), environment, file).map_err(BeforeError::Settings)?;
+    let config =
+        Config::resolve(options.settings.clone(), environment, file).map_err(BeforeError::Settings)?;
     let wrong = |faults| BeforeError::Class { path: options.class.clone(), faults };
     let classes = class::parse(&read(&options.class)?).map_err(wrong)?;
     let class = choose(classes, options)?;
     for warning in &class.warnings {
         tracing::warn!(class = %class, field = %warning.field, "{}", warning.text);
     }
-    let spec = class.into_spec(&config.over, &config.under, config.subject()).map_err(BeforeError::Settings)?;
+    let spec =
+        class.into_spec(&config.over, &config.under, config.subject()).map_err(BeforeError::Settings)?;
     Ok((config, spec))
 }
 

@@ -61,7 +61,8 @@ pub async fn run(options: Options) -> ExitCode {
         (None, true) => Question::Metrics,
         (None, false) => Question::Mounts,
     };
-    let (mut mounts, mut details, mut metrics, mut silent) = (Vec::new(), Vec::new(), String::new(), Vec::new());
+    let (mut mounts, mut details, mut metrics, mut silent) =
+        (Vec::new(), Vec::new(), String::new(), Vec::new());
     for (socket, answer) in ask_all(&question).await {
         match answer {
             Ok(Reply::Mounts(more)) => mounts.extend(more),
@@ -81,7 +82,10 @@ pub async fn run(options: Options) -> ExitCode {
         (Some(path), _) => match details.pop() {
             Some(detail) => exit::printed(print_detail(&mut out, &detail, options.output, now), failed),
             None => {
-                eprintln!("fuse-secrets: no agent serves {}; `fuse-secrets mounts` lists what is served", path.display());
+                eprintln!(
+                    "fuse-secrets: no agent serves {}; `fuse-secrets mounts` lists what is served",
+                    path.display()
+                );
                 ExitCode::from(exit::FAILED)
             }
         },
@@ -100,7 +104,12 @@ fn full(path: &Path) -> String {
     full.display().to_string()
 }
 
-fn print_mounts(out: &mut impl Write, mounts: &[MountStatus], output: Output, now: SystemTime) -> io::Result<()> {
+fn print_mounts(
+    out: &mut impl Write,
+    mounts: &[MountStatus],
+    output: Output,
+    now: SystemTime,
+) -> io::Result<()> {
     if output == Output::Json {
         serde_json::to_writer_pretty(&mut *out, mounts)?;
         return writeln!(out);
@@ -110,14 +119,32 @@ fn print_mounts(out: &mut impl Write, mounts: &[MountStatus], output: Output, no
     }
     let wide = output == Output::Wide;
     let mut table = Table::new(if wide {
-        &["PATH", "NAMESPACE", "POD", "ACCOUNT", "CLASS", "STORE", "FILES", "GEN", "STATE", "SINCE", "REFRESHED", "OPENS", "READS", "MOUNTED", "AGENT", "LAST ERROR"]
+        &[
+            "PATH",
+            "NAMESPACE",
+            "POD",
+            "ACCOUNT",
+            "CLASS",
+            "STORE",
+            "FILES",
+            "GEN",
+            "STATE",
+            "SINCE",
+            "REFRESHED",
+            "OPENS",
+            "READS",
+            "MOUNTED",
+            "AGENT",
+            "LAST ERROR",
+        ]
     } else {
         &["PATH", "CLASS", "FILES", "GEN", "STATE", "REFRESHED", "OPENS"]
     });
     let or_dash = |text: &Option<String>| text.clone().unwrap_or_else(|| "-".to_owned());
     let ago = |time: &Option<String>| time.as_deref().map_or_else(|| "-".to_owned(), |time| ago(time, now));
     for mount in mounts {
-        let (files, generation, opens) = (mount.files.to_string(), mount.generation.to_string(), mount.opens.to_string());
+        let (files, generation, opens) =
+            (mount.files.to_string(), mount.generation.to_string(), mount.opens.to_string());
         table.row(if wide {
             vec![
                 mount.path.clone(),
@@ -159,7 +186,12 @@ fn print_mounts(out: &mut impl Write, mounts: &[MountStatus], output: Output, no
     Ok(())
 }
 
-fn print_detail(out: &mut impl Write, detail: &MountDetail, output: Output, now: SystemTime) -> io::Result<()> {
+fn print_detail(
+    out: &mut impl Write,
+    detail: &MountDetail,
+    output: Output,
+    now: SystemTime,
+) -> io::Result<()> {
     if output == Output::Json {
         serde_json::to_writer_pretty(&mut *out, detail)?;
         return writeln!(out);
@@ -175,7 +207,9 @@ fn print_detail(out: &mut impl Write, detail: &MountDetail, output: Output, now:
         ("mounted", format!("{} ago, by process {}", ago(&mount.mounted, now), mount.agent)),
         ("use", format!("{} opens, {} reads", mount.opens, mount.reads)),
     ];
-    if let (Some(namespace), Some(pod), Some(account)) = (&mount.namespace, &mount.pod, &mount.service_account) {
+    if let (Some(namespace), Some(pod), Some(account)) =
+        (&mount.namespace, &mount.pod, &mount.service_account)
+    {
         lines.insert(1, ("pod", format!("{namespace}/{pod}, service account {account}")));
     }
     if let Some(refreshed) = &mount.refreshed {
@@ -287,7 +321,9 @@ mod tests {
 
     fn mount(number: usize) -> MountStatus {
         MountStatus {
-            path: format!("/var/lib/kubelet/pods/9c1b2f0e-0000-4000-8000-{number:012}/volumes/kubernetes.io~csi/secrets/mount"),
+            path: format!(
+                "/var/lib/kubelet/pods/9c1b2f0e-0000-4000-8000-{number:012}/volumes/kubernetes.io~csi/secrets/mount"
+            ),
             agent: 4_321,
             class: "payments/orders-database-credentials".into(),
             pod: Some("orders-0".into()),
@@ -319,14 +355,18 @@ mod tests {
         let text = printed(&mounts, Output::Table);
         assert_eq!(text.lines().count(), 502);
         assert!(text.lines().all(|line| line.chars().count() <= COLUMNS), "{text}");
-        assert!(text.lines().nth(1).unwrap().contains("/volumes/kubernetes.io~csi/secrets/mount".split_at(8).1), "{text}");
+        assert!(
+            text.lines().nth(1).unwrap().contains("/volumes/kubernetes.io~csi/secrets/mount".split_at(8).1),
+            "{text}"
+        );
         assert_eq!(text.lines().last(), Some("500 mounts, 1 stale, 0 gone"));
     }
 
     #[test]
     fn wide_shows_everything_and_json_can_be_read_back() {
         let wide = printed(&[mount(7)], Output::Wide);
-        for part in ["payments", "orders-0", "https://vault.example:8200", "stale", "42s", "2345678", "4321"] {
+        for part in ["payments", "orders-0", "https://vault.example:8200", "stale", "42s", "2345678", "4321"]
+        {
             assert!(wide.contains(part), "{part} is missing: {wide}");
         }
         let back: Vec<MountStatus> = serde_json::from_str(&printed(&[mount(7)], Output::Json)).unwrap();

@@ -11,9 +11,11 @@ use crate::fuse::mount::{Occupant, detach_dead, occupant};
 
 /// A directory that cannot be used as a mount point.
 #[derive(Debug, thiserror::Error)]
-pub enum DirectoryError {
+pub(super) enum DirectoryError {
     /// It is served.
-    #[error("{0} is a mount of fuse-secrets already; `fuse-secrets mounts` shows whose, unmount it or name another directory")]
+    #[error(
+        "{0} is a mount of fuse-secrets already; `fuse-secrets mounts` shows whose, unmount it or name another directory"
+    )]
     Served(PathBuf),
     /// It is something else's mount point.
     #[error("{0} is a mount point of another file system; name another directory")]
@@ -31,7 +33,7 @@ pub enum DirectoryError {
 
 /// Makes sure that a directory can be mounted on: a dead mount that an earlier run left is taken away first. Returns the path
 /// in full, without links.
-pub fn prepare(path: &Path) -> Result<PathBuf, DirectoryError> {
+pub(super) fn prepare(path: &Path) -> Result<PathBuf, DirectoryError> {
     let unusable = |error| DirectoryError::Unusable { path: path.to_owned(), error };
     // The parent is resolved, not the directory itself: that may be a dead mount, which must not be touched.
     let name = path.file_name().ok_or_else(|| unusable(io::ErrorKind::InvalidInput.into()))?;
@@ -53,13 +55,13 @@ pub fn prepare(path: &Path) -> Result<PathBuf, DirectoryError> {
 /// Whether other users may see a mount, if nobody said: root's mounts are for all, as the modes say; an ordinary user's only
 /// where /etc/fuse.conf permits, and then only on request.
 #[must_use]
-pub fn allow_other(said: Option<bool>) -> bool {
+pub(super) fn allow_other(said: Option<bool>) -> bool {
     said.unwrap_or_else(|| rustix::process::geteuid().is_root())
 }
 
 /// Why serving ended.
 #[derive(Debug, PartialEq, Eq)]
-pub enum End {
+pub(super) enum End {
     /// SIGINT or SIGTERM.
     Signal,
     /// Somebody unmounted it.
@@ -69,7 +71,7 @@ pub enum End {
 }
 
 /// The signals that end a command, heard from now on.
-pub struct Signals {
+pub(super) struct Signals {
     interrupt: Signal,
     terminate: Signal,
     hang_up: Signal,
@@ -80,7 +82,7 @@ impl Signals {
     ///
     /// # Errors
     /// As sigaction(2).
-    pub fn hear() -> io::Result<Self> {
+    pub(super) fn hear() -> io::Result<Self> {
         Ok(Self {
             interrupt: signal(SignalKind::interrupt())?,
             terminate: signal(SignalKind::terminate())?,
@@ -89,7 +91,7 @@ impl Signals {
     }
 
     /// Returns when one came.
-    pub async fn came(&mut self) {
+    pub(super) async fn came(&mut self) {
         tokio::select! {
             _ = self.interrupt.recv() => {}
             _ = self.terminate.recv() => {}
@@ -99,7 +101,7 @@ impl Signals {
 }
 
 /// Serves until something ends it.
-pub async fn until_the_end(served: &Served, signals: &mut Signals, panicked: &mut Panicked) -> End {
+pub(super) async fn until_the_end(served: &Served, signals: &mut Signals, panicked: &mut Panicked) -> End {
     tokio::select! {
         () = signals.came() => End::Signal,
         () = served.ended() => End::Unmounted,
