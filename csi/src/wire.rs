@@ -13,7 +13,7 @@
 //!
 //! Shim and agent are updated apart, so each meets older and newer ones of the other. Hence JSON, with two rules: a field
 //! that a reader does not know is ignored, and one that a writer did not send has its default. A message that a reader does not
-//! know is answered with [`Message::Unsupported`], and the connection lives on. Only another framing ends it. A compact
+//! know is answered with `Message::Unsupported`, and the connection lives on. Only another framing ends it. A compact
 //! encoding would save nothing that counts: a volume costs a handful of messages in its life.
 //!
 //! Reading never panics and takes nothing that is too long. No error repeats what was read: it may be a token.

@@ -96,7 +96,7 @@ proptest! {
     ) {
         if real {
             head[..8].copy_from_slice(&[b'F', b'S', b'C', b'S', 1, 0, kind.to_le_bytes()[0], kind.to_le_bytes()[1]]);
-            head[12..16].copy_from_slice(&(payload.len() as u32).to_le_bytes());
+            head[12..16].copy_from_slice(&u32::try_from(payload.len()).unwrap().to_le_bytes());
         }
         let read = Header::decode(&head).and_then(|header| header.open(&payload));
         prop_assert!(read.is_ok() || !read.err().unwrap().to_string().is_empty());

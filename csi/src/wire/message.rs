@@ -1,18 +1,18 @@
-//! The messages. Each is asked by one side and answered by the other: with [`Message::Done`], with itself filled in where the
-//! table says so, with [`Message::Refused`] or with [`Message::Unsupported`].
+//! The messages. Each is asked by one side and answered by the other: with `Message::Done`, with itself filled in where the
+//! table says so, with `Message::Refused` or with `Message::Unsupported`.
 //!
 //! | message | asked by | descriptors | answered |
 //! |---|---|---|---|
-//! | [`Hello`] | agent | | with itself |
-//! | [`Publish`] | shim | the mount's, unless the volume is served | when every file is there |
-//! | [`Unpublish`] | shim | | |
-//! | [`Adopt`] | shim | the mount's, then its generations', oldest first | |
-//! | [`Deposit`] | agent | one generation's | |
-//! | [`Drain`] | shim | | when nothing is read any more |
-//! | [`Stats`] | shim | | with itself |
-//! | [`Poke`] | agent | | when all watchers were told |
-//! | [`WhoIs`] | agent | | with itself |
-//! | [`Event`] | agent | | |
+//! | `Hello` | agent | | with itself |
+//! | `Publish` | shim | the mount's, unless the volume is served | when every file is there |
+//! | `Unpublish` | shim | | |
+//! | `Adopt` | shim | the mount's, then its generations', oldest first | |
+//! | `Deposit` | agent | one generation's | |
+//! | `Drain` | shim | | when nothing is read any more |
+//! | `Stats` | shim | | with itself |
+//! | `Poke` | agent | | when all watchers were told |
+//! | `WhoIs` | agent | | with itself |
+//! | `Event` | agent | | |
 
 use std::collections::BTreeMap;
 use std::io::Write;
