@@ -30,12 +30,13 @@ pub use attr::{Attr, Kind, Ttl};
 pub use error::Error;
 pub use id::{Handle, Inode};
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use crate::time::Moment;
 use crate::volume::{Change, Generation, Listener, Standing, Volume};
 use id::LIVE;
-use shown::Shown;
+use shown::{Look, Shown};
 use tree::{Node, NodeKind, Tree};
 
 /// What an open wants to do with a file.
@@ -93,8 +94,14 @@ pub struct Statistics {
 /// Something that the kernel, or an application's watcher, has to be told.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Notice {
-    /// Attributes and bytes of these inodes are others now.
-    Changed(Vec<Inode>),
+    /// A generation came, in which attributes and bytes of these inodes are others. Whoever keeps the kernel informed calls
+    /// [`Fs::acknowledge`] when it is.
+    Changed {
+        /// The generation.
+        generation: u32,
+        /// Live inodes.
+        inodes: Vec<Inode>,
+    },
     /// This name in the root names nothing any more.
     Removed(String),
 }
@@ -111,6 +118,8 @@ pub struct Fs {
     tree: Tree,
     shown: Vec<Shown>,
     notify: RwLock<Vec<Arc<dyn Notify>>>,
+    /// The newest generation of which the kernel knows that older attributes are void.
+    acknowledged: AtomicU32,
 }
 
 impl Fs {
@@ -119,7 +128,13 @@ impl Fs {
     pub fn new(volume: Arc<Volume>) -> Arc<Self> {
         let tree = Tree::new(volume.spec().files.iter().map(|file| &file.path));
         let shown = volume.spec().files.iter().map(|_| Shown::default()).collect();
-        let fs = Arc::new(Self { volume, tree, shown, notify: RwLock::default() });
+        let fs = Arc::new(Self {
+            volume,
+            tree,
+            shown,
+            notify: RwLock::default(),
+            acknowledged: AtomicU32::new(0),
+        });
         let listener: std::sync::Weak<dyn Listener> = Arc::downgrade(&(Arc::clone(&fs) as Arc<dyn Listener>));
         fs.volume.listen(listener);
         fs
@@ -128,6 +143,11 @@ impl Fs {
     /// Adds somebody who passes notices on.
     pub fn notify_through(&self, notify: Arc<dyn Notify>) {
         self.notify.write().unwrap_or_else(PoisonError::into_inner).push(notify);
+    }
+
+    /// The kernel has given up what it believed before this generation: live inodes may show it now.
+    pub fn acknowledge(&self, generation: u32) {
+        self.acknowledged.fetch_max(generation, Ordering::AcqRel);
     }
 
     /// The volume it serves.
@@ -268,7 +288,7 @@ impl Fs {
     /// Gives a handle of a file or directory back.
     pub fn release(&self, handle: Handle) {
         for number in self.volume.generations().release(handle.generation()) {
-            self.announce(Notice::Removed(generation_name(number)));
+            self.announce(&Notice::Removed(generation_name(number)));
         }
     }
 
@@ -370,10 +390,12 @@ impl Fs {
 
     /// Which generation a live file shows; announces it if that is another one from now on.
     fn show(&self, index: usize, current: &Arc<Generation>, now: Moment, opening: bool) -> Arc<Generation> {
-        let (generation, switched) =
-            self.shown[index].decide(index, current, self.volume.generations(), now, opening);
+        let acknowledged = self.acknowledged.load(Ordering::Acquire) >= current.number();
+        let look = Look { index, now, opening, acknowledged };
+        let (generation, switched) = self.shown[index].decide(look, current, self.volume.generations());
         if switched {
-            self.announce(Notice::Changed(vec![Inode::new(LIVE, self.tree.file(index))]));
+            let inodes = vec![Inode::new(LIVE, self.tree.file(index))];
+            self.announce(&Notice::Changed { generation: generation.number(), inodes });
         }
         generation
     }
@@ -390,19 +412,23 @@ impl Fs {
         self.volume.generations().find(number).ok_or(Error::Stale)
     }
 
-    fn announce(&self, notice: Notice) {
-        for notify in self.notify.read().unwrap_or_else(PoisonError::into_inner).iter() {
-            notify.notify(&notice);
+    fn announce(&self, notice: &Notice) {
+        let notify = self.notify.read().unwrap_or_else(PoisonError::into_inner);
+        if let (Notice::Changed { generation, .. }, true) = (notice, notify.is_empty()) {
+            // Nobody's kernel believes anything.
+            self.acknowledge(*generation);
         }
+        notify.iter().for_each(|notify| notify.notify(notice));
     }
 }
 
 impl Listener for Fs {
     fn changed(&self, change: &Change) {
         let live = change.files.iter().map(|&index| Inode::new(LIVE, self.tree.file(index)));
-        self.announce(Notice::Changed(live.chain([Inode::DATA, Inode::ROOT]).collect()));
+        let inodes = live.chain([Inode::DATA, Inode::ROOT]).collect();
+        self.announce(&Notice::Changed { generation: change.generation, inodes });
         for &number in &change.gone {
-            self.announce(Notice::Removed(generation_name(number)));
+            self.announce(&Notice::Removed(generation_name(number)));
         }
     }
 }
