@@ -31,7 +31,7 @@ pub use error::Error;
 pub use id::{Handle, Inode};
 
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use crate::time::Moment;
 use crate::volume::{Change, Generation, Listener, Standing, Volume};
@@ -120,6 +120,8 @@ pub struct Fs {
     notify: RwLock<Vec<Arc<dyn Notify>>>,
     /// The newest generation of which the kernel knows that older attributes are void.
     acknowledged: AtomicU32,
+    /// Who waits for that.
+    settling: Mutex<Vec<Box<dyn FnOnce() + Send>>>,
 }
 
 impl Fs {
@@ -134,9 +136,12 @@ impl Fs {
             shown,
             notify: RwLock::default(),
             acknowledged: AtomicU32::new(0),
+            settling: Mutex::default(),
         });
         let listener: std::sync::Weak<dyn Listener> = Arc::downgrade(&(Arc::clone(&fs) as Arc<dyn Listener>));
         fs.volume.listen(listener);
+        // No kernel knows of it yet: nothing has to be given up for what is there.
+        fs.acknowledge(fs.volume.generations().current().map_or(0, |current| current.number()));
         fs
     }
 
@@ -148,6 +153,27 @@ impl Fs {
     /// The kernel has given up what it believed before this generation: live inodes may show it now.
     pub fn acknowledge(&self, generation: u32) {
         self.acknowledged.fetch_max(generation, Ordering::AcqRel);
+        if self.is_settled() {
+            let settled = std::mem::take(&mut *self.settling.lock().unwrap_or_else(PoisonError::into_inner));
+            settled.into_iter().for_each(|then| then());
+        }
+    }
+
+    /// Calls `then` when the newest generation is acknowledged: at once, or by whoever acknowledges it.
+    pub fn when_settled(&self, then: Box<dyn FnOnce() + Send>) {
+        let mut settling = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
+        // Looked at under the lock that `acknowledge` takes after its note: nobody is forgotten between the two.
+        if self.is_settled() {
+            drop(settling);
+            then();
+        } else {
+            settling.push(then);
+        }
+    }
+
+    fn is_settled(&self) -> bool {
+        let newest = self.volume.generations().current().map_or(0, |current| current.number());
+        self.acknowledged.load(Ordering::Acquire) >= newest
     }
 
     /// The volume it serves.

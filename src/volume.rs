@@ -118,8 +118,8 @@ pub struct Volume {
     pod: Option<Pod>,
     surroundings: Surroundings,
     generations: Generations,
-    /// Held while a generation is built: one at a time.
-    build: Mutex<()>,
+    /// The answers from which was built last, per file. Held while a generation is built: one at a time.
+    built_from: Mutex<Vec<Option<Weak<Value>>>>,
     registration: OnceLock<Registration>,
     /// One slot per file, in content order; empty until published.
     slots: OnceLock<Vec<Arc<Slot>>>,
@@ -141,7 +141,7 @@ impl Volume {
             pod,
             surroundings,
             generations: Generations::default(),
-            build: Mutex::new(()),
+            built_from: Mutex::new(Vec::new()),
             registration: OnceLock::new(),
             slots: OnceLock::new(),
             listener: OnceLock::new(),
@@ -183,9 +183,18 @@ impl Volume {
     /// # Errors
     /// [`BuildError`]: the current generation stays; [`Volume::report`] tells.
     pub fn build(&self, now: Moment) -> Result<(), BuildError> {
-        let _one_at_a_time = self.build.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut built_from = self.built_from.lock().unwrap_or_else(PoisonError::into_inner);
         let values: Vec<Option<Arc<Value>>> =
             self.slots.get().map(|slots| slots.iter().map(|slot| slot.value()).collect()).unwrap_or_default();
+        let answers: Vec<_> = values.iter().map(|value| value.as_ref().map(Arc::downgrade)).collect();
+        let same = |(a, b): (&Option<Weak<Value>>, &Option<Weak<Value>>)| match (a, b) {
+            (Some(a), Some(b)) => a.ptr_eq(b),
+            (a, b) => a.is_none() && b.is_none(),
+        };
+        if answers.len() == built_from.len() && answers.iter().zip(built_from.iter()).all(same) {
+            return Ok(());
+        }
+        *built_from = answers;
         let result = self.cut(&values).and_then(|files| self.install(&files, now));
         let text = result.as_ref().err().map(ToString::to_string);
         if let Some(text) = &text {
@@ -260,11 +269,18 @@ impl Volume {
         }
     }
 
-    /// Asks for a refresh of one file's secret; `done` is called when it ended or the class's `open_deadline` passed.
-    pub fn refresh(&self, file: usize, done: Box<dyn FnOnce() + Send>) {
+    /// Asks for a refresh of one file's secret; `done` is called when it ended or the class's `open_deadline` passed, and
+    /// what it brought is installed.
+    pub fn refresh(self: &Arc<Self>, file: usize, done: Box<dyn FnOnce() + Send>) {
         match (self.registration.get(), self.spec.files.get(file)) {
             (Some(registration), Some(spec)) => {
-                registration.refresh(&[self.key(spec)], self.spec.freshness.open_deadline, done);
+                let volume = Arc::clone(self);
+                let built = move || {
+                    // A failure is told by `build`, and leaves the last known value to be served.
+                    let _ = volume.build(Moment::now());
+                    done();
+                };
+                registration.refresh(&[self.key(spec)], self.spec.freshness.open_deadline, Box::new(built));
             }
             _ => done(),
         }

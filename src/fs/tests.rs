@@ -375,7 +375,12 @@ fn new_bytes_are_shown_only_when_the_kernel_has_given_up_the_old_size() {
     fixture.install(&[Some("longer")]);
     assert_eq!(fixture.cat("a"), "old", "fstat may still be answered from the kernel's memory");
     fixture.wait(500);
+    let settled = Arc::new(Mutex::new(false));
+    let tell = Arc::clone(&settled);
+    fixture.fs.when_settled(Box::new(move || *tell.lock().unwrap() = true));
+    assert!(!*settled.lock().unwrap());
     fixture.fs.acknowledge(2);
+    assert!(*settled.lock().unwrap(), "an open that waits for the new value goes on now");
     assert_eq!(fixture.cat("a"), "longer");
     fixture.install(&[Some("third")]);
     assert_eq!(fixture.cat("a"), "longer");
