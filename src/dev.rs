@@ -54,6 +54,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use axum::serve::ListenerExt as _;
 use serde_json::Value;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -133,6 +134,10 @@ impl Embedded {
             counts: Mutex::default(),
             ahead: Mutex::default(),
             stop: watch::Sender::new(false),
+        });
+        let listener = listener.tap_io(|connection| {
+            // Each answer is waited for. A connection that refuses the option is slower and no worse.
+            let _ = connection.set_nodelay(true);
         });
         let router = axum::Router::new().fallback(server::handle).with_state(shared.clone());
         let mut stop = shared.stop.subscribe();
