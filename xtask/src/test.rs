@@ -107,6 +107,9 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, Error> {
         report.cannot_run.push(format!("kernel: {why}"));
         kernel = false;
     }
+    if kernel && let Some(why) = lacking("fusermount3") {
+        report.cannot_run.push(format!("mounts of ordinary users: {why}"));
+    }
     let mut server = std::env::var_os(VAULT).map(std::path::PathBuf::from);
     if kernel && server.is_none() {
         match lacking("Go") {
