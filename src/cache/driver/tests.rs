@@ -308,6 +308,24 @@ async fn a_login_that_ends_after_its_volume_is_given_back() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_registration_that_is_given_up_half_way_leaves_nothing_behind() {
+    let bench = bench(Limits::default());
+    let subscriber = Arc::new(Listener::default());
+    let mut registering =
+        Box::pin(bench.cache.register(keys(&["one"]), jwt("first"), Freshness::default(), subscriber));
+    // Its command is sent, its answer not looked at.
+    let poll_once = std::future::poll_fn(|context| {
+        std::task::Poll::Ready(std::future::Future::poll(registering.as_mut(), context).is_pending())
+    });
+    assert!(poll_once.await);
+    pass(1).await;
+    assert_eq!(bench.metrics.cache_entries.value(), 1);
+    drop(registering);
+    pass(1).await;
+    assert_eq!(bench.metrics.cache_entries.value(), 0);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_new_credential_logs_in_again_after_a_refusal() {
     let bench = bench(Limits::default());
     bench.store.play(Scenario::RoleWithoutPod);

@@ -552,6 +552,19 @@ fn a_hanging_store_costs_only_the_first_readers_their_patience() {
 }
 
 #[test]
+fn a_reader_without_patience_does_not_spoil_the_wait_of_another() {
+    let mut world = World::healthy();
+    let key = key(&identity("a"), "one");
+    let holder = world.register(std::slice::from_ref(&key), Freshness { max_age: seconds(1), ..every(60) });
+    world.pass(seconds(10));
+    world.reads_hang();
+    let hasty = world.want(holder, std::slice::from_ref(&key), Duration::ZERO);
+    assert_eq!(world.woken[&hasty], (true, false));
+    let patient = world.want(holder, std::slice::from_ref(&key), seconds(2));
+    assert!(!world.woken.contains_key(&patient));
+}
+
+#[test]
 fn waiting_readers_are_bounded() {
     let mut world = World::healthy();
     let key = key(&identity("a"), "one");
