@@ -183,7 +183,6 @@ impl Session {
                 self.state = State::Asked { flight };
                 false
             }
-            State::Asked { .. } => false,
             _ => {
                 self.state = State::Asked { flight: None };
                 true

@@ -109,7 +109,11 @@ impl Store for Scripted {
         let count = self.reads.fetch_add(1, Ordering::Relaxed);
         self.respond().await?;
         let value = self.values.lock().unwrap().get(&request.path).cloned().unwrap_or_default();
-        let body = format!(r#"{{"request_id":"{count}","data":{{"password":"{value}"}}}}"#);
+        let body = if request.path == "bare" {
+            r#"{"keys":[]}"#.to_owned()
+        } else {
+            format!(r#"{{"request_id":"{count}","data":{{"password":"{value}"}}}}"#)
+        };
         Ok(Answer {
             body: SecretBytes::new(body.into_bytes()),
             lease: Lease::default(),
@@ -252,15 +256,15 @@ async fn a_fresh_value_is_served_to_a_new_volume_without_a_request() {
 #[tokio::test(start_paused = true)]
 async fn an_unchanged_answer_tells_nobody_and_keeps_the_value() {
     let bench = bench(Limits::default());
-    let (registration, listener) = bench.register(&["one"]).await;
+    let (registration, listener) = bench.register(&["one", "bare"]).await;
     registration.ready(within(5)).await.unwrap();
     let before = registration.slot(&keys(&["one"])[0]).unwrap().value().unwrap();
     pass(600).await;
     let after = registration.slot(&keys(&["one"])[0]).unwrap().value().unwrap();
     assert!(Arc::ptr_eq(&before, &after));
     assert!(bench.metrics.cache_refreshes.value() > 9);
-    assert_eq!(listener.changed.load(Ordering::Relaxed), 1);
-    assert_eq!(listener.states.load(Ordering::Relaxed), 1, "Empty to Fresh, once");
+    assert_eq!(listener.changed.load(Ordering::Relaxed), 2);
+    assert_eq!(listener.states.load(Ordering::Relaxed), 2, "Empty to Fresh, once each");
 }
 
 #[tokio::test(start_paused = true)]
