@@ -236,11 +236,12 @@ impl<S: Store> Task<S> {
     }
 
     /// Makes a credential its identity's newest. Returns what the machine must hear of it: nothing of the first, nor of one
-    /// that says the same.
+    /// that was there already.
     fn remember(&mut self, holder: HolderId, credential: Arc<Credential>) -> Option<Event> {
         let identity = self.holders.get(&holder)?.identity;
         let account = self.accounts.get_mut(&identity)?;
-        let changed = account.credentials.last().is_some_and(|(_, newest)| !is_same(newest, &credential));
+        let known = account.credentials.iter().any(|(_, known)| is_same(known, &credential));
+        let changed = !account.credentials.is_empty() && !known;
         let replaces_token = matches!(*credential, Credential::Token(_) | Credential::TokenFile(_));
         account.credentials.retain(|(other, _)| *other != holder);
         account.credentials.push((holder, credential));

@@ -216,14 +216,16 @@ fn text(registration: &Registration, path: &str) -> Option<String> {
 async fn a_hundred_concurrent_volumes_cost_one_login_and_one_read_per_path() {
     let bench = bench(Limits::default());
     let all: Vec<_> = (0..100)
-        .map(|_| {
+        .map(|n| {
             let cache = bench.cache.clone();
             tokio::spawn(async move {
                 let listener = Arc::new(Listener::default());
                 let held = keys(&["one", "two", "three"]);
                 let subscriber = Arc::clone(&listener) as Arc<dyn Subscriber>;
+                // Each pod has a token of its own; the service account is the same.
+                let credential = jwt(&format!("pod-{n}"));
                 let registration =
-                    cache.register(held, jwt("first"), Freshness::default(), subscriber).await.unwrap();
+                    cache.register(held, credential, Freshness::default(), subscriber).await.unwrap();
                 registration.ready(within(10)).await.unwrap();
                 (registration, listener)
             })
