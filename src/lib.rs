@@ -12,30 +12,30 @@
 
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used))]
 
-/// Read 2: values with their freshness: one login per identity, one read per path.
-pub mod cache;
+/// Secret types, the wiping allocator and the pages that are locked, unreadable for others and never dumped.
+pub mod secret;
+/// Time as it is passed in: one moment on both clocks.
+pub mod time;
+/// What a volume asks for: validated newtypes that every layer below uses.
+pub mod reference;
 /// Publish 1: class documents of both kinds to what they ask for, all faults at once.
 pub mod class;
-/// The command line: thin commands that print tables.
-pub mod cli;
-/// The embedded store: the Vault API in memory, for `dev` and for tests.
-#[cfg(feature = "dev")]
-pub mod dev;
+/// Read 1: speaks the Vault API.
+pub mod store;
+/// Read 2: values with their freshness: one login per identity, one read per path.
+pub mod cache;
+/// Read 3: one volume: its spec and its generations.
+pub mod volume;
 /// Read 4: names, inodes, handles and attributes on a volume; no FUSE in it.
 pub mod fs;
 /// Read 5: the adapter between the kernel's protocol and `fs`; the only place with fuser's types.
 pub mod fuse;
 /// The counters: name, unit, labels, help; nothing is counted elsewhere.
 pub mod metrics;
-/// What a volume asks for: validated newtypes that every layer below uses.
-pub mod reference;
-/// Secret types, the wiping allocator and the pages that are locked, unreadable for others and never dumped.
-pub mod secret;
-/// Read 1: speaks the Vault API.
-pub mod store;
+/// The command line: thin commands that print tables.
+pub mod cli;
+/// The embedded store: the Vault API in memory, for `dev` and for tests.
+#[cfg(feature = "dev")]
+pub mod dev;
 /// System calls that rustix lacks: the only unsafe code of this crate.
 pub mod sys;
-/// Time as it is passed in: one moment on both clocks.
-pub mod time;
-/// Read 3: one volume: its spec and its generations.
-pub mod volume;
