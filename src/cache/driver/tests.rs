@@ -109,7 +109,11 @@ impl Store for Scripted {
         let count = self.reads.fetch_add(1, Ordering::Relaxed);
         self.respond().await?;
         let value = self.values.lock().unwrap().get(&request.path).cloned().unwrap_or_default();
-        let body = format!(r#"{{"request_id":"{count}","data":{{"password":"{value}"}}}}"#);
+        let body = if request.path == "bare" {
+            r#"{"keys":[]}"#.to_owned()
+        } else {
+            format!(r#"{{"request_id":"{count}","data":{{"password":"{value}"}}}}"#)
+        };
         Ok(Answer {
             body: SecretBytes::new(body.into_bytes()),
             lease: Lease::default(),
@@ -212,14 +216,16 @@ fn text(registration: &Registration, path: &str) -> Option<String> {
 async fn a_hundred_concurrent_volumes_cost_one_login_and_one_read_per_path() {
     let bench = bench(Limits::default());
     let all: Vec<_> = (0..100)
-        .map(|_| {
+        .map(|n| {
             let cache = bench.cache.clone();
             tokio::spawn(async move {
                 let listener = Arc::new(Listener::default());
                 let held = keys(&["one", "two", "three"]);
                 let subscriber = Arc::clone(&listener) as Arc<dyn Subscriber>;
+                // Each pod has a token of its own; the service account is the same.
+                let credential = jwt(&format!("pod-{n}"));
                 let registration =
-                    cache.register(held, jwt("first"), Freshness::default(), subscriber).await.unwrap();
+                    cache.register(held, credential, Freshness::default(), subscriber).await.unwrap();
                 registration.ready(within(10)).await.unwrap();
                 (registration, listener)
             })
@@ -252,15 +258,15 @@ async fn a_fresh_value_is_served_to_a_new_volume_without_a_request() {
 #[tokio::test(start_paused = true)]
 async fn an_unchanged_answer_tells_nobody_and_keeps_the_value() {
     let bench = bench(Limits::default());
-    let (registration, listener) = bench.register(&["one"]).await;
+    let (registration, listener) = bench.register(&["one", "bare"]).await;
     registration.ready(within(5)).await.unwrap();
     let before = registration.slot(&keys(&["one"])[0]).unwrap().value().unwrap();
     pass(600).await;
     let after = registration.slot(&keys(&["one"])[0]).unwrap().value().unwrap();
     assert!(Arc::ptr_eq(&before, &after));
     assert!(bench.metrics.cache_refreshes.value() > 9);
-    assert_eq!(listener.changed.load(Ordering::Relaxed), 1);
-    assert_eq!(listener.states.load(Ordering::Relaxed), 1, "Empty to Fresh, once");
+    assert_eq!(listener.changed.load(Ordering::Relaxed), 2);
+    assert_eq!(listener.states.load(Ordering::Relaxed), 2, "Empty to Fresh, once each");
 }
 
 #[tokio::test(start_paused = true)]
@@ -305,6 +311,24 @@ async fn a_login_that_ends_after_its_volume_is_given_back() {
     pass(1).await;
     assert_eq!(bench.store.counts(), (1, 0));
     assert_eq!(bench.store.revoked.load(Ordering::Relaxed), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_registration_that_is_given_up_half_way_leaves_nothing_behind() {
+    let bench = bench(Limits::default());
+    let subscriber = Arc::new(Listener::default());
+    let mut registering =
+        Box::pin(bench.cache.register(keys(&["one"]), jwt("first"), Freshness::default(), subscriber));
+    // Its command is sent, its answer not looked at.
+    let poll_once = std::future::poll_fn(|context| {
+        std::task::Poll::Ready(std::future::Future::poll(registering.as_mut(), context).is_pending())
+    });
+    assert!(poll_once.await);
+    pass(1).await;
+    assert_eq!(bench.metrics.cache_entries.value(), 1);
+    drop(registering);
+    pass(1).await;
+    assert_eq!(bench.metrics.cache_entries.value(), 0);
 }
 
 #[tokio::test(start_paused = true)]
