@@ -263,7 +263,7 @@ impl Volume {
         let Some(slot) = self.slots.get().and_then(|slots| slots.get(file)) else { return Standing::Fresh };
         match slot.state() {
             State::Gone | State::Empty => Standing::Gone,
-            _ if slot.age(now).is_some_and(|age| age <= self.spec.freshness.max_age) => Standing::Fresh,
+            _ if slot.is_young(self.spec.freshness.max_age, now) => Standing::Fresh,
             State::Stale => Standing::LastKnown,
             State::Fresh => Standing::Old,
         }

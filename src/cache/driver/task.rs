@@ -358,7 +358,8 @@ impl<S: Store> Task<S> {
                     self.age_to(entry, State::Empty);
                     self.slots.remove(&entry);
                 }
-                Action::Wake { want, waited, fresh } => self.wake(want, waited, fresh),
+                // What an open came to is counted where it is answered.
+                Action::Wake { want, .. } => drop(self.wants.remove(&want)),
             }
         }
         if let Cargo::Token { token, identity, ours: true } = cargo {
@@ -425,18 +426,6 @@ impl<S: Store> Task<S> {
         if slot.value().is_none() {
             self.bytes -= held;
         }
-    }
-
-    fn wake(&mut self, want: WantId, waited: bool, fresh: bool) {
-        if waited {
-            self.metrics.cache_misses.increment();
-        }
-        if !fresh {
-            self.metrics.cache_stale_serves.increment();
-        } else if !waited {
-            self.metrics.cache_hits.increment();
-        }
-        drop(self.wants.remove(&want));
     }
 
     fn number(&mut self) -> u64 {

@@ -404,7 +404,7 @@ async fn a_reader_of_an_old_value_is_called_when_the_new_one_is_there() {
     called.await.unwrap();
     assert!(text(&registration, "one").unwrap().contains("new"));
     assert_eq!(bench.store.counts(), (1, 2));
-    assert_eq!(bench.metrics.cache_misses.value(), 2);
+    assert_eq!(bench.metrics.cache_misses.value(), 1, "the first answer was waited for");
 }
 
 #[tokio::test(start_paused = true)]
@@ -419,7 +419,6 @@ async fn a_reader_is_called_when_its_patience_ends() {
     registration.refresh(&keys(&["one"]), Duration::from_secs(2), Box::new(move || drop(done)));
     assert!(called.await.is_err());
     assert!(started.elapsed() <= Duration::from_secs(3));
-    assert_eq!(bench.metrics.cache_stale_serves.value(), 1);
 }
 
 #[tokio::test(start_paused = true)]
