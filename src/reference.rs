@@ -299,11 +299,7 @@ impl Ownership {
     /// This setting, and `wider` where this one is silent.
     #[must_use]
     pub fn or(self, wider: Self) -> Self {
-        Self {
-            uid: self.uid.or(wider.uid),
-            gid: self.gid.or(wider.gid),
-            mode: self.mode.or(wider.mode),
-        }
+        Self { uid: self.uid.or(wider.uid), gid: self.gid.or(wider.gid), mode: self.mode.or(wider.mode) }
     }
 }
 
