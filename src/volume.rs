@@ -23,7 +23,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::cache::{Cache, CacheError, Registration, Slot, State, Subscriber, Value};
 use crate::metrics::Metrics;
-use crate::reference::{FileSpec, Key, Method, VolumeId, VolumeSpec};
+use crate::reference::{FileSpec, Freshness, Key, Method, VolumeId, VolumeSpec};
 use crate::secret::SecretBytes;
 use crate::secret::pages::SecretMemory;
 use crate::store::answer::{ExtractError, extract};
@@ -185,7 +185,7 @@ impl Volume {
     pub fn build(&self, now: Moment) -> Result<(), BuildError> {
         let mut built_from = self.built_from.lock().unwrap_or_else(PoisonError::into_inner);
         let values: Vec<Option<Arc<Value>>> =
-            self.slots.get().map(|slots| slots.iter().map(|slot| slot.value()).collect()).unwrap_or_default();
+            self.slots().iter().map(|slot| slot.value().filter(|_| !self.is_over(slot, now))).collect();
         let answers: Vec<_> = values.iter().map(|value| value.as_ref().map(Arc::downgrade)).collect();
         let same = |(a, b): (&Option<Weak<Value>>, &Option<Weak<Value>>)| match (a, b) {
             (Some(a), Some(b)) => a.ptr_eq(b),
@@ -260,9 +260,14 @@ impl Volume {
     /// How the value of a file stands now.
     #[must_use]
     pub fn standing(&self, file: usize, now: Moment) -> Standing {
-        let Some(slot) = self.slots.get().and_then(|slots| slots.get(file)) else { return Standing::Fresh };
+        let Some(slot) = self.slots().get(file) else { return Standing::Fresh };
         match slot.state() {
             State::Gone | State::Empty => Standing::Gone,
+            State::Stale if self.is_over(slot, now) => {
+                // The cache holds it on for volumes with a longer grace. A failure to build leaves it unserved as well.
+                let _ = self.build(now);
+                Standing::Gone
+            }
             _ if slot.is_young(self.spec.freshness.max_age, now) => Standing::Fresh,
             State::Stale => Standing::LastKnown,
             State::Fresh => Standing::Old,
@@ -349,7 +354,7 @@ impl Volume {
     /// What people ask about it.
     #[must_use]
     pub fn report(&self) -> Report {
-        let slots = self.slots.get().map(Vec::as_slice).unwrap_or_default();
+        let slots = self.slots();
         let reports: Vec<_> = slots.iter().map(|slot| slot.report()).collect();
         let build_error = self.last_build_error.lock().unwrap_or_else(PoisonError::into_inner).clone();
         Report {
@@ -361,6 +366,17 @@ impl Volume {
             gone: slots.iter().filter(|slot| slot.state() == State::Gone).count(),
             last_error: build_error.or_else(|| reports.into_iter().find_map(|report| report.last_error)),
         }
+    }
+
+    fn slots(&self) -> &[Arc<Slot>] {
+        self.slots.get().map(Vec::as_slice).unwrap_or_default()
+    }
+
+    /// Whether this volume's own grace for a value has ended.
+    fn is_over(&self, slot: &Slot, now: Moment) -> bool {
+        let Freshness { max_age, stale_grace, .. } = self.spec.freshness;
+        slot.state() == State::Stale
+            && stale_grace.zip(slot.age(now)).is_some_and(|(grace, age)| age > max_age.saturating_add(grace))
     }
 
     fn key(&self, file: &FileSpec) -> Key {
@@ -478,12 +494,7 @@ impl Subscriber for Rebuild {
     }
 
     fn state_changed(&self, keys: &[Key]) {
-        let gone = |volume: Arc<Volume>| {
-            volume.slots.get().is_some_and(|slots| slots.iter().any(|slot| slot.state() == State::Gone))
-        };
-        // Only the end of a grace changes what is served.
-        if self.0.upgrade().is_some_and(gone) {
-            self.changed(keys);
-        }
+        // The end of a grace takes a file away, an answer after it brings it back; `build` sees whether it is one of these.
+        self.changed(keys);
     }
 }
