@@ -498,3 +498,6 @@ impl Subscriber for Rebuild {
         self.changed(keys);
     }
 }
+
+#[cfg(test)]
+mod tests;
