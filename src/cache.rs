@@ -27,6 +27,8 @@ mod budget;
 pub mod driver;
 /// One value's states.
 mod entry;
+/// Numbers of entries, identities, requests, registrations and readers.
+pub mod id;
 /// One identity's login: absent, asked, held, being replaced, failed.
 pub mod identity;
 /// The sans-IO machine.

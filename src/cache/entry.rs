@@ -8,7 +8,7 @@ use rand::Rng;
 
 use super::State;
 use super::budget::Ticket;
-use super::machine::{HolderId, IdentityId, WantId};
+use super::id::{HolderId, IdentityId, WantId};
 use super::schedule;
 use crate::reference::{Freshness, Key};
 use crate::store::{Lease, StoreError};

@@ -12,7 +12,7 @@
 //! Every request that was sent has a moment after which the machine takes it for failed: a driver that loses one costs a
 //! delay, never a value.
 
-pub use event::{Action, EntryId, Event, FlightId, HolderId, IdentityId, WantId};
+pub use event::{Action, Event};
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -22,6 +22,7 @@ use rand::Rng;
 
 use super::budget::{Budget, Lane};
 use super::entry::{Entry, Flight, Stage};
+use super::id::{EntryId, FlightId, HolderId, IdentityId, WantId};
 use super::identity::{How, Session};
 use super::schedule::Schedule;
 use super::{CacheError, Limits};

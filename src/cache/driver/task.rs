@@ -13,8 +13,9 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 
 use super::{Cache, Command, Done, Registration, Subscriber, shielded};
+use crate::cache::id::{EntryId, FlightId, HolderId, IdentityId, WantId};
 use crate::cache::identity::Terms;
-use crate::cache::machine::{Action, EntryId, Event, FlightId, HolderId, IdentityId, Machine, WantId};
+use crate::cache::machine::{Action, Event, Machine};
 use crate::cache::{CacheError, Limits, Slot, State, Value};
 use crate::metrics::Metrics;
 use crate::reference::{Freshness, Identity, Key};
