@@ -173,8 +173,9 @@ impl Embedded {
     #[must_use]
     pub fn banner(&self) -> String {
         format!(
-            "Embedded store at {}: for development and tests. It keeps secrets in this process's memory only and loses\n\
-             them when it ends; it speaks plain HTTP to this machine only. It is not a secret store to rely on.",
+            "Embedded store at {}: for development and tests.\n\
+             It keeps secrets in this process's memory only and loses them when it ends;\n\
+             it speaks plain HTTP to this machine only. It is not a secret store to rely on.",
             self.address
         )
     }

@@ -77,8 +77,17 @@ pub enum BuildError {
     Write(#[from] WriteError),
 }
 
+/// One line per error, with all that it is about: a login that fails fails for every secret.
 fn list<E: std::fmt::Display>(parts: &[(String, E)]) -> String {
-    parts.iter().map(|(what, error)| format!("{what}: {error}")).collect::<Vec<_>>().join("\n")
+    let mut lines: Vec<(String, String)> = Vec::new();
+    for (what, error) in parts {
+        let error = error.to_string();
+        match lines.iter_mut().find(|(_, known)| *known == error) {
+            Some((whats, _)) => whats.extend([", ", what]),
+            None => lines.push((what.clone(), error)),
+        }
+    }
+    lines.into_iter().map(|(what, error)| format!("{what}: {error}")).collect::<Vec<_>>().join("\n")
 }
 
 /// How a file's value stands against its class's max age, asked at each open.
@@ -199,7 +208,10 @@ impl Volume {
         let text = result.as_ref().err().map(ToString::to_string);
         if let Some(text) = &text {
             self.surroundings.metrics.generations_failed.increment();
-            tracing::warn!(volume = %self.id.0, "no new generation: {text}");
+            // The first generation's faults are its publisher's to tell.
+            if self.generations.current().is_some() {
+                tracing::warn!(volume = %self.id.0, "no new generation: {text}");
+            }
         }
         *self.last_build_error.lock().unwrap_or_else(PoisonError::into_inner) = text;
         result

@@ -5,7 +5,7 @@ mod requests;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use rand::rngs::SmallRng;
 use serde_json::value::RawValue;
@@ -88,6 +88,35 @@ pub(super) struct Task<S> {
     revocations: Arc<Semaphore>,
     bytes: usize,
     last_id: u64,
+    told: Told,
+}
+
+/// Bounds what the log hears of failing and recovering secrets: a store that goes away takes all of them along.
+#[derive(Default)]
+struct Told {
+    since: Option<Instant>,
+    lines: usize,
+}
+
+impl Told {
+    /// Lines per [`Self::WINDOW`].
+    const LINES: usize = 20;
+    const WINDOW: Duration = Duration::from_secs(10);
+
+    fn line(&mut self, tell: impl FnOnce()) {
+        let now = now().monotonic;
+        if self.since.is_none_or(|since| now.duration_since(since) >= Self::WINDOW) {
+            *self = Self { since: Some(now), lines: 0 };
+        }
+        self.lines += 1;
+        match self.lines.cmp(&(Self::LINES + 1)) {
+            std::cmp::Ordering::Less => tell(),
+            std::cmp::Ordering::Equal => {
+                tracing::warn!("more secrets fail or recover than are told one by one")
+            }
+            std::cmp::Ordering::Greater => {}
+        }
+    }
 }
 
 impl<S: Store> Task<S> {
@@ -107,6 +136,7 @@ impl<S: Store> Task<S> {
             revocations: Arc::new(Semaphore::new(requests::REVOCATIONS)),
             bytes: 0,
             last_id: 0,
+            told: Told::default(),
         }
     }
 
@@ -340,8 +370,11 @@ impl<S: Store> Task<S> {
                     self.metrics.cache_refresh_failures.increment();
                     if let Some(slot) = self.slots.get(&entry) {
                         let moved = slot.state() != state;
-                        if let (true, Some(key)) = (moved || state == State::Empty, self.machine.key(entry)) {
-                            tracing::warn!(request = %key.request, ?state, %error, "a read failed");
+                        let begins = slot.report().failing_since.is_none();
+                        if let (true, Some(key)) = (begins, self.machine.key(entry)) {
+                            self.told.line(|| {
+                                tracing::warn!(secret = %key.request, %error, "cannot be read; goes on trying");
+                            });
                         }
                         slot.fail(state, error, now());
                         self.tell(entry, &mut news, |news, key| {
@@ -406,10 +439,11 @@ impl<S: Store> Task<S> {
             self.bytes += new.body.expose().len();
             self.bytes -= held.map_or(0, |held| held.body.expose().len());
         }
-        slot.publish(value.map(Arc::new), lease, now());
-        if let (true, Some(key)) = (moved || changed, self.machine.key(entry)) {
-            tracing::info!(request = %key.request, changed, "a read was answered");
+        if let (Some(since), Some(key)) = (slot.report().failing_since, self.machine.key(entry)) {
+            let outage = Duration::from_secs(now().wall.duration_since(since).unwrap_or_default().as_secs());
+            self.told.line(|| tracing::info!(secret = %key.request, ?outage, "can be read again"));
         }
+        slot.publish(value.map(Arc::new), lease, now());
         self.tell(entry, news, |news, key| {
             if changed {
                 news.changed.push(key.clone());
