@@ -1,7 +1,7 @@
-//! Read 2: values with their freshness. One login per identity, one read per [`Key`], whoever asks and how often.
+//! Read 2: values with their freshness. One login per identity, one read per `Key`, whoever asks and how often.
 //!
-//! The rules live in a machine without I/O, [`machine::Machine`]: `(state, event, now, rng) → (state, actions)`.
-//! [`driver::Cache`] feeds it from tokio and does what it says; a simulation may do the same with invented time.
+//! The rules live in a machine without I/O, `machine::Machine`: `(state, event, now, rng) → (state, actions)`.
+//! `driver::Cache` feeds it from tokio and does what it says; a simulation may do the same with invented time.
 //!
 //! ```text
 //!            first answer            max_age passes, or a refresh fails

@@ -18,7 +18,7 @@
 //! A request's way: `server` (HTTP, faults, counts) → `state` (seal, token, policy) → `sys`, `auth` or `kv`.
 //!
 //! # Faults
-//! In Rust through [`Embedded::inject`] and [`Embedded::hold`]; over HTTP by POST with a root token, all members optional:
+//! In Rust through `Embedded::inject` and `Embedded::hold`; over HTTP by POST with a root token, all members optional:
 //!
 //! | path below `/v1/sys/embedded/` | body | what happens |
 //! |---|---|---|
@@ -28,7 +28,7 @@
 //! | `hang` | `times` (all), `path` | … wait until `release`, and are then answered |
 //! | `release` | | lets go of what hangs and forgets faults that nobody met |
 //! | `seal`, `unseal` | | as `sys/seal` and `sys/unseal`, without a key |
-//! | `counts` (GET) | | answers [`Counts`] |
+//! | `counts` (GET) | | answers `Counts` |
 
 mod ask;
 mod auth;

@@ -1,4 +1,4 @@
-//! Read 4: a file system on a [`Volume`]: names, inodes, handles, attributes. No FUSE in it and no runtime, so that it is
+//! Read 4: a file system on a `Volume`: names, inodes, handles, attributes. No FUSE in it and no runtime, so that it is
 //! tested without a kernel; [`crate::fuse`] translates.
 //!
 //! ```text
@@ -11,9 +11,9 @@
 //!       └── nested/tls.crt
 //! ```
 //! A handle pins a generation: reads through it never mix two. `fstat` has no handle and follows the inode, so a live inode
-//! takes a new generation over only when that confuses nobody (the switch rule, [`shown`]).
+//! takes a new generation over only when that confuses nobody (the switch rule, `shown`).
 //!
-//! Nothing can be written: [`Error::ReadOnly`] is the answer to every attempt.
+//! Nothing can be written: `Error::ReadOnly` is the answer to every attempt.
 
 /// Who is told of changes, and which of them the kernel has taken note of.
 pub mod announce;

@@ -1,4 +1,4 @@
-//! Read 5: the adapter between the kernel's FUSE protocol and [`Fs`]. The only place with fuser's types.
+//! Read 5: the adapter between the kernel's FUSE protocol and `Fs`. The only place with fuser's types.
 //!
 //! ```text
 //!   mount ──/dev/fuse──▶ handshake ──negotiated──▶ session ──requests──▶ Adapter ──▶ Fs

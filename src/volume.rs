@@ -6,7 +6,7 @@
 //!                          ▼                                         │ a file can no longer be cut out of its answer:
 //!                       refused (nothing stays)                      ▼ the old generation stays, and says why
 //! ```
-//! The cache moves a volume to the right: it calls [`Volume::changed`], and the volume builds a generation from the answers
+//! The cache moves a volume to the right: it calls `Volume::changed`, and the volume builds a generation from the answers
 //! it holds. A volume that is dropped gives up its keys and wipes its generations.
 
 /// The generations that are kept.

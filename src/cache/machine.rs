@@ -1,5 +1,5 @@
 //! The machine: all rules of the cache, no I/O, no clock, no value, no secret. Its driver tells it what happened
-//! ([`Event`]) and does what it says ([`Action`]); between two events it is asked when to wake it ([`Machine::wake_at`]).
+//! (`Event`) and does what it says (`Action`); between two events it is asked when to wake it (`Machine::wake_at`).
 //!
 //! ```text
 //!   due, or a reader waits                                            answered: Publish, wake the readers

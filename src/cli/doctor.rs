@@ -1,5 +1,5 @@
 //! `fuse-secrets doctor`: what this node gives, and what is lost without it. Facts are gathered from the kernel; the
-//! [`Report`] is judged from them alone, so that every verdict is tested with recorded facts.
+//! `Report` is judged from them alone, so that every verdict is tested with recorded facts.
 
 use std::fmt;
 use std::io;

@@ -1,7 +1,7 @@
-//! One connection pool per [`Connection`]: TLS, deadlines, redirects, size cap.
+//! One connection pool per `Connection`: TLS, deadlines, redirects, size cap.
 //!
-//! [`Http::ask`] gives one question to a cluster: it tries the members in order, the one that answered last first, pauses
-//! and tries again as [`super::retry`] says, all inside the caller's deadline. What comes back is an answer that stands
+//! `Http::ask` gives one question to a cluster: it tries the members in order, the one that answered last first, pauses
+//! and tries again as `super::retry` says, all inside the caller's deadline. What comes back is an answer that stands
 //! (2xx, or a 4xx that no repetition changes) or a [`StoreError`] in people's words.
 //!
 //! Pooled connections close at most 5 s after their last use, because TLS keeps plaintext in the buffers of an idle
