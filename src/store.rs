@@ -23,6 +23,10 @@ pub mod vault;
 #[cfg(test)]
 mod testing;
 
+/// A store that does what a scenario says.
+#[cfg(test)]
+pub(crate) mod scripted;
+
 pub use error::{ErrorKind, StoreError};
 
 use std::future::Future;

@@ -16,6 +16,15 @@ mod version;
 use facts::{Facts, Fusermount};
 use version::Version;
 
+/// Ends the command's long help.
+pub const HELP: &str = "\
+Judged for whoever asks: run it as the user who will mount. Exit codes: 0 all is there or only less than it could be (note), \
+1 something is lost that matters (LOST).
+
+Examples:
+      fuse-secrets doctor
+      fuse-secrets doctor -o json | jq '.checks[] | select(.verdict != \"good\")'";
+
 /// How a check came out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]

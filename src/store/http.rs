@@ -144,9 +144,20 @@ impl Http {
         let connection = ask.connection.clone();
         let made = tokio::task::spawn_blocking(move || {
             let stamp = tls::stamp(&connection);
-            match known.filter(|pool| pool.stamp == stamp) {
-                Some(pool) => Ok((pool, false)),
-                None => Pool::new(&connection, stamp).map(|pool| (Arc::new(pool), true)),
+            if let Some(pool) = known.as_ref().filter(|pool| pool.stamp == stamp) {
+                return Ok((Arc::clone(pool), false));
+            }
+            match (Pool::new(&connection, stamp), known) {
+                (Ok(pool), _) => Ok((Arc::new(pool), true)),
+                // Files that are being replaced, or were damaged: what was trusted a moment ago still is.
+                (Err(fault), Some(pool)) => {
+                    tracing::warn!(
+                        "certificate files cannot be used, the last good ones stay in use: {}",
+                        fault.what
+                    );
+                    Ok((pool, false))
+                }
+                (Err(fault), None) => Err(fault),
             }
         });
         let (pool, new) = match timeout_at(ask.deadline.into(), made).await {
