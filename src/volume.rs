@@ -25,7 +25,7 @@ use crate::cache::{Cache, CacheError, Registration, Slot, State, Subscriber, Val
 use crate::metrics::Metrics;
 use crate::reference::{FileSpec, Freshness, Key, Method, VolumeId, VolumeSpec};
 use crate::secret::SecretBytes;
-use crate::secret::pages::SecretMemory;
+use crate::secret::pages::{MemoryError, SecretMemory};
 use crate::store::answer::{ExtractError, extract};
 use crate::store::{Credential, StoreError};
 use crate::time::Moment;
@@ -245,13 +245,17 @@ impl Volume {
             })
             .collect();
         let number = current.as_ref().map_or(1, |generation| generation.number() + 1);
-        let snapshot = Snapshot::write(&self.surroundings.memory, number, now.wall, &images)?;
+        let metrics = &self.surroundings.metrics;
+        let snapshot = Snapshot::write(&self.surroundings.memory, number, now.wall, &images);
+        if let Err(WriteError::Memory(MemoryError::Full { .. })) = &snapshot {
+            metrics.memory_refused.increment();
+        }
+        let snapshot = snapshot?;
         let since = (0..files.len())
             .map(|i| current.as_ref().filter(|_| !differs[i]).map_or(number, |current| current.since(i)))
             .collect();
         // A value that was given up must not live on in older generations.
         let forget = files.iter().zip(&differs).any(|(file, differs)| *differs && file.value.is_none());
-        let metrics = &self.surroundings.metrics;
         let gone = self.generations.install(snapshot, since, now, forget);
         metrics.generations_built.increment();
         metrics.generations_evicted.add(gone.iter().filter(|(_, open)| *open).count() as u64);

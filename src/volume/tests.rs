@@ -17,8 +17,11 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        let (store, memory, metrics) =
-            (Scripted::new(), SecretMemory::new().unwrap(), Arc::<Metrics>::default());
+        Self::on(SecretMemory::new().unwrap())
+    }
+
+    fn on(memory: Arc<SecretMemory>) -> Self {
+        let (store, metrics) = (Scripted::new(), Arc::<Metrics>::default());
         let arena = Arena::new(Arc::clone(&memory));
         let cache = Cache::new(Arc::clone(&store), arena, Limits::default(), Arc::clone(&metrics));
         Self { store, cache, memory, metrics }
@@ -196,4 +199,18 @@ async fn a_hundred_volumes_of_one_identity_cost_one_login_and_one_read() {
         "{held} bytes of secret pages were held, {} are left",
         bench.memory.used()
     );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_change_that_does_not_fit_leaves_the_old_content_and_is_counted() {
+    let bench = Bench::on(SecretMemory::with_limit(64 << 10).unwrap());
+    bench.store.hold("app", r#"{"password":"one"}"#);
+    let volume = bench.volume(&[("password", "password")], Freshness::default());
+    bench.publish(&volume).await.unwrap();
+    let _all = bench.memory.allocate(bench.memory.limit() - bench.memory.used()).unwrap();
+    bench.store.hold("app", r#"{"password":"two"}"#);
+    pass(70).await;
+    assert_eq!(content(&volume, 0).unwrap(), "one");
+    assert_eq!(bench.metrics.memory_refused.value(), 1);
+    assert!(volume.report().last_error.unwrap().contains("secret memory is full"));
 }

@@ -21,6 +21,7 @@ use crate::metrics::Metrics;
 use crate::reference::{Freshness, Identity, Key};
 use crate::secret::Token;
 use crate::secret::arena::Arena;
+use crate::secret::pages::MemoryError;
 use crate::store::{Answer, Credential, ErrorKind, Lease, Login, Store, StoreError};
 use crate::time::Moment;
 
@@ -331,7 +332,12 @@ impl<S: Store> Task<S> {
                 self.limits.bytes
             )));
         }
-        let body = self.arena.store(body).map_err(|error| full(error.to_string()))?;
+        let body = self.arena.store(body).map_err(|error| {
+            if let MemoryError::Full { .. } = error {
+                self.metrics.memory_refused.increment();
+            }
+            full(error.to_string())
+        })?;
         Ok((Some(Value { body, lease: lease.clone(), version, created, read_at: now() }), lease))
     }
 
