@@ -197,3 +197,21 @@ async fn a_hundred_volumes_of_one_identity_cost_one_login_and_one_read() {
         bench.memory.used()
     );
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_generation_for_which_there_was_no_room_is_built_when_there_is() {
+    let mut bench = Bench::new();
+    bench.memory = SecretMemory::with_limit(3 * crate::sys::page_size()).unwrap();
+    bench.store.rotate("app", "one");
+    let volume = bench.volume(&[("password", "password")], Freshness::default());
+    bench.publish(&volume).await.unwrap();
+    let hoard = bench.memory.allocate(2 * crate::sys::page_size()).unwrap();
+    bench.store.rotate("app", "two");
+    pass(70).await;
+    assert_eq!(content(&volume, 0).unwrap(), "one");
+    let told = volume.report().last_error.unwrap();
+    assert!(told.contains("secret memory is full"), "{told}");
+    drop(hoard);
+    pass(10).await;
+    assert_eq!((content(&volume, 0).unwrap(), volume.report().last_error), ("two".into(), None));
+}
