@@ -30,7 +30,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, Error> {
     let Which::Read { quick } = args.which;
     let packages = ["--package", "fuse-secrets", "--package", "fuse-tests"];
     command::run(command::cargo().args(["build", "--release", "--bins"]).args(packages))?;
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| tools::root().join("target"), Into::into);
+    let target =
+        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| tools::root().join("target"), Into::into);
     let mut bench = Command::new(target.join("release/bench-read"));
     bench.args(quick.then_some("--quick")).arg(target.join("bench"));
     command::run(&mut bench)?;

@@ -32,8 +32,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let [_, directory, max_read, large] = arguments.as_slice() else {
         return Err("usage: bench-floor DIR MAX_READ LARGE".into());
     };
-    let options =
-        Options { allow_other: rustix::process::geteuid().is_root(), max_read: max_read.parse()? };
+    let options = Options { allow_other: rustix::process::geteuid().is_root(), max_read: max_read.parse()? };
     let (_mount, fuse) = Mount::attach(Path::new(directory), options)?;
     handshake::negotiate(fuse.as_fd())?;
     let floor = Floor { small: vec![b'x'; 64], large: vec![b'x'; large.parse()?] };

@@ -13,7 +13,7 @@ const ONE: f64 = 15.0 * 1024.0;
 const FURTHER: f64 = 48.0;
 
 pub(crate) fn measure(plan: &Plan, store: &Store) -> Result<Section, Error> {
-    let server = Server::product(store, &store.three("1h", "memory/only")?, None)?;
+    let server = Server::product(store, &store.three("1h", "memory/only")?)?;
     read(server.directory())?;
     let one = pss(server.process())?;
     drop(server);

@@ -17,7 +17,7 @@ pub(crate) fn measure(plan: &Plan, store: &Store) -> Result<Section, Error> {
     for n in 0..plan.mounts {
         let class = store.three("1h", &format!("mount/{n}"))?;
         let start = Instant::now();
-        let server = Server::product(store, &class, None)?;
+        let server = Server::product(store, &class)?;
         std::fs::read(server.directory().join(THREE[0]))?;
         process.times.push(own(store, start));
     }

@@ -13,22 +13,19 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 use crate::Error;
 use crate::store::{LARGE, ROLE, Store};
 
-/// The core of those who read.
-pub(crate) const READERS: usize = 0;
-/// The core of those who answer.
-pub(crate) const SERVERS: usize = 1;
-
 const START: Duration = Duration::from_secs(30);
 
 /// A process that serves one directory; ended and unmounted on drop.
 pub(crate) struct Server {
     child: Child,
     directory: PathBuf,
+    /// Where it tells its service manager how it is; heard until it has ended.
+    _manager: Option<UnixDatagram>,
 }
 
 impl Server {
-    /// `fuse-secrets mount`, ready to be read. On `core`, or where it likes.
-    pub(crate) fn product(store: &Store, class: &Path, core: Option<usize>) -> Result<Self, Error> {
+    /// `fuse-secrets mount`, ready to be read.
+    pub(crate) fn product(store: &Store, class: &Path) -> Result<Self, Error> {
         let directory = store.directory()?;
         // As systemd does it: readiness comes as a datagram, so nobody polls.
         let socket = directory.with_extension("ready");
@@ -37,17 +34,18 @@ impl Server {
         let mut command = program("fuse-secrets")?;
         command.args(["--log", "warn", "mount", "--address", &store.address(), "--role-id", ROLE]);
         command.arg("--secret-id-file").arg(store.secret_id_file()).arg("--class").arg(class).arg(&directory);
-        let server = Self { child: spawn(command.env("NOTIFY_SOCKET", &socket), core)?, directory };
+        let child = command.env("NOTIFY_SOCKET", &socket).spawn()?;
+        let server = Self { child, directory, _manager: Some(ready.try_clone()?) };
         ready.recv(&mut [0; 64]).map_err(|error| format!("fuse-secrets mount is not ready: {error}"))?;
         Ok(server)
     }
 
     /// `bench-floor` with the same largest reply as a product that runs.
-    pub(crate) fn floor(store: &Store, as_product: &Self, core: Option<usize>) -> Result<Self, Error> {
+    pub(crate) fn floor(store: &Store, as_product: &Self) -> Result<Self, Error> {
         let directory = store.directory()?;
         let mut command = program("bench-floor")?;
         command.arg(&directory).arg(as_product.max_read()?).arg(LARGE.to_string()).stdout(Stdio::piped());
-        let mut server = Self { child: spawn(&mut command, core)?, directory };
+        let mut server = Self { child: command.spawn()?, directory, _manager: None };
         let output = server.child.stdout.take().ok_or("no output")?;
         if BufReader::new(output).read_line(&mut String::new())? == 0 {
             return Err("bench-floor did not start".into());
@@ -61,6 +59,15 @@ impl Server {
 
     pub(crate) fn process(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Moves all its threads to one core.
+    pub(crate) fn pin(&self, core: usize) -> Result<(), Error> {
+        for task in std::fs::read_dir(format!("/proc/{}/task", self.child.id()))? {
+            let id = task?.file_name().to_string_lossy().parse()?;
+            sched_setaffinity(Pid::from_raw(id), &only(core))?;
+        }
+        Ok(())
     }
 
     /// The largest reply, as it stands in the mount's options.
@@ -148,17 +155,19 @@ pub(crate) fn program(name: &str) -> Result<Command, Error> {
 }
 
 /// Starts a process on one core. A child inherits the cores of the thread that makes it, so that thread is one of its own.
-pub(crate) fn spawn(command: &mut Command, core: Option<usize>) -> Result<Child, Error> {
+pub(crate) fn spawn(command: &mut Command, core: usize) -> Result<Child, Error> {
     let spawning = || -> io::Result<Child> {
-        if let Some(core) = core {
-            let mut set = CpuSet::new();
-            set.set(core);
-            sched_setaffinity(None, &set)?;
-        }
+        sched_setaffinity(None, &only(core))?;
         command.spawn()
     };
     let spawned = std::thread::scope(|scope| scope.spawn(spawning).join());
     Ok(spawned.map_err(|_| "the thread that starts a process panicked")??)
+}
+
+fn only(core: usize) -> CpuSet {
+    let mut set = CpuSet::new();
+    set.set(core);
+    set
 }
 
 fn end(child: &mut Child) {

@@ -138,7 +138,8 @@ impl Report {
             writeln!(body, r#"<text x="10" y="{y}" font-weight="bold">{}</text>"#, row.name)?;
             let longest = row.series.iter().map(Series::median).fold(0.0, f64::max);
             for series in &row.series {
-                let (median, minimum) = (series.median() / longest * WIDTH, series.minimum() / longest * WIDTH);
+                let (median, minimum) =
+                    (series.median() / longest * WIDTH, series.minimum() / longest * WIDTH);
                 let colour = if series.peer == "fuse-secrets" { "#2a6f97" } else { "#a9b4bd" };
                 let (top, middle, height) = (y + 6, y + 20, BAR - 2);
                 let label = time(series.median());

@@ -1,6 +1,7 @@
 //! The embedded store in this process, with what the measures ask of it.
 
 use std::fmt::Write as _;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -42,11 +43,19 @@ impl Store {
         })?;
         let refused = |refusal| format!("embedded store: {refusal:?}");
         let write = |path: &str, body| embedded.write(path, &body).map_err(refused);
-        write("sys/policies/acl/bench", json!({ "policy": "path \"secret/*\" { capabilities = [\"read\"] }" }))?;
+        write(
+            "sys/policies/acl/bench",
+            json!({ "policy": "path \"secret/*\" { capabilities = [\"read\"] }" }),
+        )?;
         write("sys/auth/approle", json!({ "type": "approle" }))?;
-        write("auth/approle/role/bench", json!({ "token_policies": "bench", "token_ttl": "1h", "role_id": ROLE }))?;
+        write(
+            "auth/approle/role/bench",
+            json!({ "token_policies": "bench", "token_ttl": "1h", "role_id": ROLE }),
+        )?;
         write("auth/approle/role/bench/custom-secret-id", json!({ "secret_id": "bench-secret-id" }))?;
-        std::fs::write(scratch.join("secret-id"), "bench-secret-id")?;
+        let secret_id = scratch.join("secret-id");
+        std::fs::write(&secret_id, "bench-secret-id")?;
+        std::fs::set_permissions(&secret_id, std::fs::Permissions::from_mode(0o600))?;
         let made = AtomicU32::new(0);
         Ok(Self { embedded, wire, _runtime: runtime, scratch: scratch.to_owned(), made })
     }
@@ -85,7 +94,10 @@ impl Store {
              objects: |\n"
         );
         for (file, secret) in files {
-            writeln!(text, "      - {{objectName: {file}, secretPath: secret/data/{secret}, secretKey: value}}")?;
+            writeln!(
+                text,
+                "      - {{objectName: {file}, secretPath: secret/data/{secret}, secretKey: value}}"
+            )?;
         }
         let path = self.scratch.join(format!("class-{}.yaml", self.made.fetch_add(1, Ordering::Relaxed)));
         std::fs::write(&path, text)?;
