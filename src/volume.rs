@@ -6,7 +6,7 @@
 //!                          ▼                                         │ a file can no longer be cut out of its answer:
 //!                       refused (nothing stays)                      ▼ the old generation stays, and says why
 //! ```
-//! The cache moves a volume to the right: it calls [`Volume::changed`], and the volume builds a generation from the answers
+//! The cache moves a volume to the right: it calls `Volume::changed`, and the volume builds a generation from the answers
 //! it holds. A volume that is dropped gives up its keys and wipes its generations.
 
 /// The generations that are kept.
@@ -23,7 +23,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::cache::{Cache, CacheError, Registration, Slot, State, Subscriber, Value};
 use crate::metrics::Metrics;
-use crate::reference::{FileSpec, Key, Method, VolumeId, VolumeSpec};
+use crate::reference::{FileSpec, Freshness, Key, Method, VolumeId, VolumeSpec};
 use crate::secret::SecretBytes;
 use crate::secret::pages::SecretMemory;
 use crate::store::answer::{ExtractError, extract};
@@ -77,8 +77,17 @@ pub enum BuildError {
     Write(#[from] WriteError),
 }
 
+/// One line per error, with all that it is about: a login that fails fails for every secret.
 fn list<E: std::fmt::Display>(parts: &[(String, E)]) -> String {
-    parts.iter().map(|(what, error)| format!("{what}: {error}")).collect::<Vec<_>>().join("\n")
+    let mut lines: Vec<(String, String)> = Vec::new();
+    for (what, error) in parts {
+        let error = error.to_string();
+        match lines.iter_mut().find(|(_, known)| *known == error) {
+            Some((whats, _)) => whats.extend([", ", what]),
+            None => lines.push((what.clone(), error)),
+        }
+    }
+    lines.into_iter().map(|(what, error)| format!("{what}: {error}")).collect::<Vec<_>>().join("\n")
 }
 
 /// How a file's value stands against its class's max age, asked at each open.
@@ -118,8 +127,8 @@ pub struct Volume {
     pod: Option<Pod>,
     surroundings: Surroundings,
     generations: Generations,
-    /// Held while a generation is built: one at a time.
-    build: Mutex<()>,
+    /// The answers from which was built last, per file. Held while a generation is built: one at a time.
+    built_from: Mutex<Vec<Option<Weak<Value>>>>,
     registration: OnceLock<Registration>,
     /// One slot per file, in content order; empty until published.
     slots: OnceLock<Vec<Arc<Slot>>>,
@@ -141,7 +150,7 @@ impl Volume {
             pod,
             surroundings,
             generations: Generations::default(),
-            build: Mutex::new(()),
+            built_from: Mutex::new(Vec::new()),
             registration: OnceLock::new(),
             slots: OnceLock::new(),
             listener: OnceLock::new(),
@@ -183,14 +192,26 @@ impl Volume {
     /// # Errors
     /// [`BuildError`]: the current generation stays; [`Volume::report`] tells.
     pub fn build(&self, now: Moment) -> Result<(), BuildError> {
-        let _one_at_a_time = self.build.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut built_from = self.built_from.lock().unwrap_or_else(PoisonError::into_inner);
         let values: Vec<Option<Arc<Value>>> =
-            self.slots.get().map(|slots| slots.iter().map(|slot| slot.value()).collect()).unwrap_or_default();
+            self.slots().iter().map(|slot| slot.value().filter(|_| !self.is_over(slot, now))).collect();
+        let answers: Vec<_> = values.iter().map(|value| value.as_ref().map(Arc::downgrade)).collect();
+        let same = |(a, b): (&Option<Weak<Value>>, &Option<Weak<Value>>)| match (a, b) {
+            (Some(a), Some(b)) => a.ptr_eq(b),
+            (a, b) => a.is_none() && b.is_none(),
+        };
+        if answers.len() == built_from.len() && answers.iter().zip(built_from.iter()).all(same) {
+            return Ok(());
+        }
+        *built_from = answers;
         let result = self.cut(&values).and_then(|files| self.install(&files, now));
         let text = result.as_ref().err().map(ToString::to_string);
         if let Some(text) = &text {
             self.surroundings.metrics.generations_failed.increment();
-            tracing::warn!(volume = %self.id.0, "no new generation: {text}");
+            // The first generation's faults are its publisher's to tell.
+            if self.generations.current().is_some() {
+                tracing::warn!(volume = %self.id.0, "no new generation: {text}");
+            }
         }
         *self.last_build_error.lock().unwrap_or_else(PoisonError::into_inner) = text;
         result
@@ -251,20 +272,32 @@ impl Volume {
     /// How the value of a file stands now.
     #[must_use]
     pub fn standing(&self, file: usize, now: Moment) -> Standing {
-        let Some(slot) = self.slots.get().and_then(|slots| slots.get(file)) else { return Standing::Fresh };
+        let Some(slot) = self.slots().get(file) else { return Standing::Fresh };
         match slot.state() {
             State::Gone | State::Empty => Standing::Gone,
-            _ if slot.age(now).is_some_and(|age| age <= self.spec.freshness.max_age) => Standing::Fresh,
+            State::Stale if self.is_over(slot, now) => {
+                // The cache holds it on for volumes with a longer grace. A failure to build leaves it unserved as well.
+                let _ = self.build(now);
+                Standing::Gone
+            }
+            _ if slot.is_young(self.spec.freshness.max_age, now) => Standing::Fresh,
             State::Stale => Standing::LastKnown,
             State::Fresh => Standing::Old,
         }
     }
 
-    /// Asks for a refresh of one file's secret; `done` is called when it ended or the class's `open_deadline` passed.
-    pub fn refresh(&self, file: usize, done: Box<dyn FnOnce() + Send>) {
+    /// Asks for a refresh of one file's secret; `done` is called when it ended or the class's `open_deadline` passed, and
+    /// what it brought is installed.
+    pub fn refresh(self: &Arc<Self>, file: usize, done: Box<dyn FnOnce() + Send>) {
         match (self.registration.get(), self.spec.files.get(file)) {
             (Some(registration), Some(spec)) => {
-                registration.refresh(&[self.key(spec)], self.spec.freshness.open_deadline, done);
+                let volume = Arc::clone(self);
+                let built = move || {
+                    // A failure is told by `build`, and leaves the last known value to be served.
+                    let _ = volume.build(Moment::now());
+                    done();
+                };
+                registration.refresh(&[self.key(spec)], self.spec.freshness.open_deadline, Box::new(built));
             }
             _ => done(),
         }
@@ -333,7 +366,7 @@ impl Volume {
     /// What people ask about it.
     #[must_use]
     pub fn report(&self) -> Report {
-        let slots = self.slots.get().map(Vec::as_slice).unwrap_or_default();
+        let slots = self.slots();
         let reports: Vec<_> = slots.iter().map(|slot| slot.report()).collect();
         let build_error = self.last_build_error.lock().unwrap_or_else(PoisonError::into_inner).clone();
         Report {
@@ -345,6 +378,17 @@ impl Volume {
             gone: slots.iter().filter(|slot| slot.state() == State::Gone).count(),
             last_error: build_error.or_else(|| reports.into_iter().find_map(|report| report.last_error)),
         }
+    }
+
+    fn slots(&self) -> &[Arc<Slot>] {
+        self.slots.get().map(Vec::as_slice).unwrap_or_default()
+    }
+
+    /// Whether this volume's own grace for a value has ended.
+    fn is_over(&self, slot: &Slot, now: Moment) -> bool {
+        let Freshness { max_age, stale_grace, .. } = self.spec.freshness;
+        slot.state() == State::Stale
+            && stale_grace.zip(slot.age(now)).is_some_and(|(grace, age)| age > max_age.saturating_add(grace))
     }
 
     fn key(&self, file: &FileSpec) -> Key {
@@ -462,12 +506,10 @@ impl Subscriber for Rebuild {
     }
 
     fn state_changed(&self, keys: &[Key]) {
-        let gone = |volume: Arc<Volume>| {
-            volume.slots.get().is_some_and(|slots| slots.iter().any(|slot| slot.state() == State::Gone))
-        };
-        // Only the end of a grace changes what is served.
-        if self.0.upgrade().is_some_and(gone) {
-            self.changed(keys);
-        }
+        // The end of a grace takes a file away, an answer after it brings it back; `build` sees whether it is one of these.
+        self.changed(keys);
     }
 }
+
+#[cfg(test)]
+mod tests;
