@@ -110,6 +110,12 @@ impl Served {
         self.fs.volume()
     }
 
+    /// The file system on it, for those who want to hear what it announces.
+    #[must_use]
+    pub fn fs(&self) -> &Arc<Fs> {
+        &self.fs
+    }
+
     /// Where it is mounted.
     #[must_use]
     pub fn mount(&self) -> &Mount {

@@ -17,11 +17,8 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        Self::on(SecretMemory::new().unwrap())
-    }
-
-    fn on(memory: Arc<SecretMemory>) -> Self {
-        let (store, metrics) = (Scripted::new(), Arc::<Metrics>::default());
+        let (store, memory, metrics) =
+            (Scripted::new(), SecretMemory::new().unwrap(), Arc::<Metrics>::default());
         let arena = Arena::new(Arc::clone(&memory));
         let cache = Cache::new(Arc::clone(&store), arena, Limits::default(), Arc::clone(&metrics));
         Self { store, cache, memory, metrics }
@@ -202,15 +199,20 @@ async fn a_hundred_volumes_of_one_identity_cost_one_login_and_one_read() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_change_that_does_not_fit_leaves_the_old_content_and_is_counted() {
-    let bench = Bench::on(SecretMemory::with_limit(64 << 10).unwrap());
-    bench.store.hold("app", r#"{"password":"one"}"#);
+async fn a_generation_for_which_there_was_no_room_is_built_when_there_is() {
+    let mut bench = Bench::new();
+    bench.memory = SecretMemory::with_limit(3 * crate::sys::page_size()).unwrap();
+    bench.store.rotate("app", "one");
     let volume = bench.volume(&[("password", "password")], Freshness::default());
     bench.publish(&volume).await.unwrap();
-    let _all = bench.memory.allocate(bench.memory.limit() - bench.memory.used()).unwrap();
-    bench.store.hold("app", r#"{"password":"two"}"#);
+    let hoard = bench.memory.allocate(2 * crate::sys::page_size()).unwrap();
+    bench.store.rotate("app", "two");
     pass(70).await;
     assert_eq!(content(&volume, 0).unwrap(), "one");
-    assert_eq!(bench.metrics.memory_refused.value(), 1);
-    assert!(volume.report().last_error.unwrap().contains("secret memory is full"));
+    let told = volume.report().last_error.unwrap();
+    assert!(told.contains("secret memory is full"), "{told}");
+    assert!(bench.metrics.memory_refused.value() > 0);
+    drop(hoard);
+    pass(10).await;
+    assert_eq!((content(&volume, 0).unwrap(), volume.report().last_error), ("two".into(), None));
 }
