@@ -122,7 +122,11 @@ impl Backend {
                     server.arg(format!("-dev-tls-cert-dir={}", self.directory.path().display()));
                 }
                 let log = std::fs::File::create(self.directory.path().join("log")).unwrap();
-                server.env("HOME", self.directory.path()).stdin(Stdio::null()).stderr(Stdio::null()).stdout(log);
+                server
+                    .env("HOME", self.directory.path())
+                    .stdin(Stdio::null())
+                    .stderr(Stdio::null())
+                    .stdout(log);
                 self.server = Server::Process(server.spawn().unwrap());
                 wait::until_true("an answering store", Duration::from_secs(60), || {
                     self.trust();
@@ -180,6 +184,19 @@ impl Backend {
     /// It is refused.
     pub fn put(&self, name: &str, data: &Value) {
         self.write(&format!("secret/data/{name}"), &json!({ "data": data }));
+    }
+
+    /// Writes a version into the embedded store past HTTP, whatever faults wait there.
+    ///
+    /// # Panics
+    /// It is another kind, or refuses.
+    pub fn put_beside(&self, name: &str, data: &Value) {
+        self.embedded().put(&format!("secret/{name}"), data).unwrap();
+    }
+
+    /// Runs a future on the runtime of the embedded store.
+    pub fn block_on<F: Future>(&self, future: F) -> F::Output {
+        self.runtime.block_on(future)
     }
 
     /// Any request with the root token: status and JSON.

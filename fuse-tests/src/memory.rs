@@ -88,7 +88,9 @@ fn positions<'a>(bytes: &'a [u8], needle: &'a [u8]) -> impl Iterator<Item = usiz
 /// What may be printed of unknown bytes: punctuation, which tells JSON from HTTP, and letters, but no digit.
 fn masked(bytes: &[u8]) -> String {
     let mask = |byte: &u8| match byte {
-        b'a'..=b'z' | b'A'..=b'Z' | b'{' | b'}' | b'"' | b':' | b',' | b'/' | b'-' | b'_' => char::from(*byte),
+        b'a'..=b'z' | b'A'..=b'Z' | b'{' | b'}' | b'"' | b':' | b',' | b'/' | b'-' | b'_' => {
+            char::from(*byte)
+        }
         0 => '0',
         _ => '.',
     };

@@ -80,7 +80,8 @@ impl Server {
             Command::Bare { path, files, contents } => {
                 let volume = self.bare(&path, &files);
                 install(&volume, &contents)?;
-                let served = self.agent.serve(&path, volume, true).await.map_err(|error| error.to_string())?;
+                let served =
+                    self.agent.serve(&path, volume, true).await.map_err(|error| error.to_string())?;
                 self.served.insert(path, served);
             }
             Command::Install { path, contents } => install(self.volume(&path)?, &contents)?,

@@ -44,11 +44,10 @@ fn owner_group_and_mode_are_those_of_the_file_without_execute_bits() {
 #[test]
 fn links_blocks_and_block_size_are_what_tools_expect() {
     let Some(mut agent) = agent() else { return };
-    let mounted = agent.bare(&["a".into(), "d/b".into(), "d/e/c".into()], &[
-        Content::Pattern(1_025),
-        Content::Pattern(0),
-        Content::Pattern(4_096),
-    ]);
+    let mounted = agent.bare(
+        &["a".into(), "d/b".into(), "d/e/c".into()],
+        &[Content::Pattern(1_025), Content::Pattern(0), Content::Pattern(4_096)],
+    );
     let a = status(mounted.join("a"));
     assert_eq!((a.len(), a.blocks(), a.blksize(), a.nlink()), (1_025, 3, 4_096, 1));
     assert_eq!((status(mounted.join("d/b")).blocks(), status(mounted.join("d/e/c")).blocks()), (0, 8));

@@ -61,8 +61,7 @@ fn sendfile_splice_and_a_copy_give_the_same_bytes() {
 fn an_unbuffered_open_reads_as_any_other() {
     let Some(mut agent) = agent() else { return };
     let mounted = agent.bare(&["a".into()], &[Content::Pattern(9_999)]);
-    let mut file =
-        File::options().read(true).custom_flags(libc::O_DIRECT).open(mounted.join("a")).unwrap();
+    let mut file = File::options().read(true).custom_flags(libc::O_DIRECT).open(mounted.join("a")).unwrap();
     let mut bytes = Vec::new();
     file.read_to_end(&mut bytes).unwrap();
     assert!(bytes == mounted.read("a"));

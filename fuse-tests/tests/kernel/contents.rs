@@ -140,7 +140,10 @@ fn the_link_data_names_the_newest_version_at_once() {
         assert_eq!(mounted.text("..data/a"), (round - 1).to_string());
         let text = round.to_string();
         agent.install_texts(&mounted, &[&text, &text]);
-        assert_eq!(std::fs::read_link(mounted.join("..data")).unwrap().to_str().unwrap(), format!("..{round}"));
+        assert_eq!(
+            std::fs::read_link(mounted.join("..data")).unwrap().to_str().unwrap(),
+            format!("..{round}")
+        );
     }
 }
 
@@ -226,7 +229,8 @@ fn secrets_of_every_size_are_whole() {
     sizes(
         &mut agent,
         &[
-            0, 1, 511, 512, 513, 4_095, 4_096, 4_097, 65_535, 65_536, 65_537, 131_071, 131_072, 131_073, 262_145,
+            0, 1, 511, 512, 513, 4_095, 4_096, 4_097, 65_535, 65_536, 65_537, 131_071, 131_072, 131_073,
+            262_145,
         ],
     );
 }

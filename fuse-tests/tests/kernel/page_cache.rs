@@ -57,7 +57,9 @@ fn no_page_stays_in_the_page_cache_whichever_way_a_file_is_read() {
         for file in &files {
             let path = mounted.join(&format!("{directory}{}", file.path));
             let watched = File::open(&path).unwrap();
-            read_all_ways(&path, |way| no_pages(&watched, &format!("no page of {} after {way}", path.display())));
+            read_all_ways(&path, |way| {
+                no_pages(&watched, &format!("no page of {} after {way}", path.display()))
+            });
         }
     }
     // That pages were there at all is seen by what the kernel was told to throw away.

@@ -10,7 +10,8 @@ use super::agent;
 /// Every way to change something, and the errno that it ends in; 0 where it worked.
 fn attempts(root: &Path) -> Vec<(&'static str, i32)> {
     let (a, new) = (root.join("a"), root.join("new"));
-    let io = |result: std::io::Result<()>| result.map_or_else(|error| error.raw_os_error().unwrap_or(-1), |()| 0);
+    let io =
+        |result: std::io::Result<()>| result.map_or_else(|error| error.raw_os_error().unwrap_or(-1), |()| 0);
     let raw = |result: rustix::io::Result<()>| io(result.map_err(Into::into));
     let open = |options: &mut OpenOptions, path: &Path| io(options.open(path).map(drop));
     let time = Timespec { tv_sec: 1, tv_nsec: 0 };
@@ -23,8 +24,14 @@ fn attempts(root: &Path) -> Vec<(&'static str, i32)> {
         ("open and truncate", open(OpenOptions::new().write(true).truncate(true), &a)),
         ("open frozen to write", open(OpenOptions::new().write(true), &root.join("..data/a"))),
         ("create", open(OpenOptions::new().write(true).create_new(true), &new)),
-        ("create in a generation", open(OpenOptions::new().write(true).create_new(true), &root.join("..data/new"))),
-        ("truncate", raw(rustix::fs::open(&a, rustix::fs::OFlags::PATH, Mode::empty()).and_then(|_| truncate(&a)))),
+        (
+            "create in a generation",
+            open(OpenOptions::new().write(true).create_new(true), &root.join("..data/new")),
+        ),
+        (
+            "truncate",
+            raw(rustix::fs::open(&a, rustix::fs::OFlags::PATH, Mode::empty()).and_then(|_| truncate(&a))),
+        ),
         ("mkdir", io(std::fs::create_dir(&new))),
         ("mknod", raw(rustix::fs::mknodat(CWD, &new, FileType::Fifo, Mode::RUSR, 0))),
         ("symlink", io(std::os::unix::fs::symlink("a", &new))),
@@ -47,7 +54,9 @@ fn truncate(path: &Path) -> rustix::io::Result<()> {
     let status = std::process::Command::new("truncate").args(["-c", "-s", "0"]).arg(path).output();
     match status {
         Ok(output) if output.status.success() => Ok(()),
-        Ok(output) if String::from_utf8_lossy(&output.stderr).contains("Read-only") => Err(rustix::io::Errno::ROFS),
+        Ok(output) if String::from_utf8_lossy(&output.stderr).contains("Read-only") => {
+            Err(rustix::io::Errno::ROFS)
+        }
         _ => Err(rustix::io::Errno::IO),
     }
 }

@@ -12,7 +12,8 @@ use super::agent;
 fn eight_readers_never_see_a_torn_or_an_older_value_while_it_rotates() {
     let Some(mut agent) = agent() else { return };
     // Of sizes that take one, two and three requests to read.
-    let content = |version: u32| Content::Stamped { version, length: 1_000 + (version as usize * 37_123) % 300_000 };
+    let content =
+        |version: u32| Content::Stamped { version, length: 1_000 + (version as usize * 37_123) % 300_000 };
     let mounted = agent.bare(&["a".into(), "other".into()], &[content(1), "same".into()]);
     let paths = ["a", "..data/a"].into_iter().cycle().take(8);
     let readers = Readers::start(paths.map(|name| mounted.join(name)));
