@@ -144,6 +144,12 @@ impl Backend {
         format!("{}://127.0.0.1:{}", if self.tls { "https" } else { "http" }, self.port)
     }
 
+    /// Its port on this machine.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
     /// The file with the CA of a server with TLS.
     #[must_use]
     pub fn ca(&self) -> PathBuf {

@@ -197,7 +197,7 @@ fn every_login_mounts_every_kind_of_secret() {
             assert_eq!((text("first"), text("old/user")), ("first".into(), "alice".into()), "{store}");
             let json = |name: &str| serde_json::from_str::<Value>(&text(name)).unwrap();
             assert_eq!(json("old/nested"), json!({"a": [1, 2]}), "{store}");
-            assert_eq!(json("whole.json")["password"], "second", "{store}");
+            assert_eq!(json("whole.json")["data"]["data"]["password"], "second", "{store}");
             assert_eq!(row(mount.mounted())["state"], "fresh");
             assert_eq!(mount.stop().0, Some(0));
         }
