@@ -150,7 +150,7 @@ impl Agent {
         Ok(Arc::new(Self { setup, memory, pool, metrics, cache, invalidator, served: DashMap::new() }))
     }
 
-    /// Fetches every file of a spec, then mounts them on a directory, and serves.
+    /// Fetches every file of a spec, then mounts them on a directory, and serves: [`Agent::publish`], then [`Agent::serve`].
     ///
     /// # Errors
     /// [`ServeError`]; nothing stays mounted or held.
@@ -163,6 +163,22 @@ impl Agent {
         allow_other: bool,
         deadline: Instant,
     ) -> Result<Arc<Served>, ServeError> {
+        let volume = self.publish(path, spec, pod, credential, deadline).await?;
+        self.serve(path, volume, allow_other).await
+    }
+
+    /// Fetches every file of a spec. May be dropped while it waits: nothing is mounted yet.
+    ///
+    /// # Errors
+    /// [`ServeError::Publish`], [`ServeError::Twice`]; nothing is held.
+    pub async fn publish(
+        &self,
+        path: &Path,
+        spec: VolumeSpec,
+        pod: Option<Pod>,
+        credential: Arc<Credential>,
+        deadline: Instant,
+    ) -> Result<Arc<Volume>, ServeError> {
         let id = VolumeId(path.display().to_string());
         if self.served.contains_key(&id) {
             return Err(ServeError::Twice(id.0));
@@ -172,26 +188,18 @@ impl Agent {
             metrics: Arc::clone(&self.metrics),
             default_owner: (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw()),
         };
-        let volume = Volume::new(id.clone(), spec, pod, surroundings);
+        let volume = Volume::new(id, spec, pod, surroundings);
         volume.publish(&self.cache, credential, deadline).await?;
-        let served = self.serve(path, volume, allow_other).await?;
-        self.served.insert(id.clone(), Arc::clone(&served));
-        let (agent, watched) = (Arc::downgrade(self), Arc::clone(&served));
-        tokio::spawn(async move {
-            watched.ended().await;
-            if let Some(agent) = agent.upgrade() {
-                agent.served.remove(&id);
-            }
-        });
-        Ok(served)
+        Ok(volume)
     }
 
-    /// Mounts and serves a volume that has content.
+    /// Mounts and serves a volume that has content, until it is unmounted by whomever. Must not be dropped while it waits: the
+    /// mount might stay.
     ///
     /// # Errors
     /// [`ServeError::Mount`], [`ServeError::Serve`]; nothing stays mounted.
     pub async fn serve(
-        &self,
+        self: &Arc<Self>,
         path: &Path,
         volume: Arc<Volume>,
         allow_other: bool,
@@ -211,7 +219,11 @@ impl Agent {
             Session::start(fuse, &fs, &self.pool, &self.invalidator, self.setup.threads)
         });
         match started {
-            Ok(session) => Ok(Arc::new(Served { fs, mount, session })),
+            Ok(session) => {
+                let served = Arc::new(Served { fs, mount, session });
+                self.keep(&served);
+                Ok(served)
+            }
             Err(error) => {
                 if let Err(error) = mount.detach() {
                     tracing::warn!(%error, path = %path.display(), "a mount that cannot be served stays");
@@ -219,6 +231,23 @@ impl Agent {
                 Err(ServeError::Serve(error))
             }
         }
+    }
+
+    /// Holds what is served until it has ended.
+    fn keep(self: &Arc<Self>, served: &Arc<Served>) {
+        let spec = served.volume().spec();
+        let (path, files, interval) = (served.mount.path(), spec.files.len(), spec.freshness.interval);
+        tracing::info!(path = %path.display(), class = spec.class, files, ?interval, "mounted");
+        self.served.insert(served.volume().id().clone(), Arc::clone(served));
+        let (agent, watched) = (Arc::downgrade(self), Arc::clone(served));
+        tokio::spawn(async move {
+            watched.ended().await;
+            if let Some(agent) = agent.upgrade()
+                && agent.served.remove(watched.volume().id()).is_some()
+            {
+                tracing::info!(path = %watched.mount.path().display(), "unmounted");
+            }
+        });
     }
 
     /// What is served, sorted by mount point.
@@ -241,20 +270,19 @@ impl Agent {
         &self.memory
     }
 
-    /// Unmounts everything, waits a moment for readers, drops the volumes and drains the cache.
+    /// Unmounts everything, waits a moment for readers, drops the volumes and drains the cache. Blocks its thread for a few
+    /// system calls per mount: at the end of a process that runs out of threads, this must still work.
     pub async fn shutdown(&self) {
         for served in self.served() {
-            let path = served.mount.path().to_owned();
-            let unmounting = Arc::clone(&served);
-            match tokio::task::spawn_blocking(move || unmounting.mount.detach()).await {
-                Ok(Ok(())) => tracing::info!(path = %path.display(), "unmounted"),
-                Ok(Err(error)) => tracing::error!(path = %path.display(), %error, "cannot unmount"),
-                Err(error) => tracing::error!(path = %path.display(), %error, "cannot unmount"),
+            self.served.remove(served.volume().id());
+            let path = served.mount.path().display();
+            match served.mount.detach() {
+                Ok(()) => tracing::info!(%path, "unmounted"),
+                Err(error) => tracing::error!(%path, %error, "cannot unmount"),
             }
             if tokio::time::timeout(DRAIN, served.ended()).await.is_err() {
-                tracing::warn!(path = %path.display(), "files are still open; their readers get ENOTCONN");
+                tracing::warn!(%path, "files are still open; their readers get ENOTCONN");
             }
-            self.served.remove(served.volume().id());
         }
         self.cache.stop(Instant::now() + DRAIN).await;
     }

@@ -22,6 +22,8 @@ pub mod mounts;
 pub mod panics;
 /// What `dev` and `mount` share: the directory, signals, serving until the end.
 mod serving;
+/// Text for terminals.
+mod text;
 
 use std::io::Write as _;
 use std::path::PathBuf;
@@ -48,8 +50,11 @@ const EXAMPLES: &str = "\
 Examples:
   Try it, on an embedded store:
       fuse-secrets dev
+  Check a class before it is mounted:
+      fuse-secrets check app.yaml
   Mount a class of a real store:
-      fuse-secrets mount --class app.yaml --address https://vault:8200 --token-file token /mnt/app
+      fuse-secrets mount --class app.yaml --address https://vault:8200 \\
+          --token-file ~/.vault-token /mnt/app
   See what is mounted, and one mount file by file:
       fuse-secrets mounts
       fuse-secrets mounts /mnt/app
@@ -86,7 +91,8 @@ pub enum Command {
         #[arg(short, long, value_enum, default_value_t)]
         output: check::Format,
     },
-    /// Tell what this machine gives (FUSE, secret memory, limits, swap), and what is lost without it
+    /// Tell what this machine gives (FUSE, secret memory, limits), and what is lost
+    #[command(after_long_help = doctor::HELP)]
     Doctor {
         /// How to print
         #[arg(short, long, value_enum, default_value_t)]

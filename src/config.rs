@@ -24,6 +24,7 @@ pub use fault::{Fault, Faults};
 pub use layer::Layer;
 pub use settings::Settings;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use crate::cache::Limits;
@@ -64,6 +65,25 @@ pub enum CredentialFile {
 }
 
 impl Config {
+    /// Reads and folds the three sources: flags, all environment variables, and the configuration file's text.
+    ///
+    /// # Errors
+    /// Every fault of all of them.
+    pub fn read(
+        flags: Layer,
+        variables: impl IntoIterator<Item = (OsString, OsString)>,
+        file: Option<&str>,
+    ) -> Result<Self, Faults> {
+        let sinks = [Source::Environment, Source::File].map(|source| Sink::new(source.document()));
+        let environment = Layer::read_environment(variables, &sinks[0]);
+        let file = file.map(|text| Layer::read_yaml(text, &sinks[1])).unwrap_or_default();
+        match (collect(sinks.map(|sink| sink.finish(Some(())))), Self::resolve(flags, environment, file)) {
+            (Ok(_), config) => config,
+            (Err(unknown), Ok(_)) => Err(unknown),
+            (Err(unknown), Err(wrong)) => Err(unknown.and(wrong)),
+        }
+    }
+
     /// Folds the three sources.
     ///
     /// # Errors

@@ -6,16 +6,19 @@
 //! kubernetes (the latter two with given public keys; it never connects to anything); ACL policies (paths and capabilities);
 //! `sys/health`, seal, mounts, auth methods and policies. What it answers is worded and shaped as Vault 1.21 answers, so
 //! that the `vault` command line works with it and one test body can run against both. What it does not have is answered
-//! with an error, never with something else.
+//! with an error, never with something else. `examples/embedded-store.rs` starts one to try.
 //!
 //! Three differences from a real server are on purpose: any key unseals, the namespace header is only counted (a server
 //! without namespaces ignores it too), and of a role's fields it knows policies, `ttl`, `max_ttl`, what is bound to whom, and
 //! ignores the rest, such as address ranges.
 //!
+//! Values rest as [`crate::secret::SecretBytes`], tokens as [`Token`]. On their way through JSON and HTTP there are copies,
+//! which only the process allocator wipes.
+//!
 //! A request's way: `server` (HTTP, faults, counts) → `state` (seal, token, policy) → `sys`, `auth` or `kv`.
 //!
 //! # Faults
-//! In Rust through [`Embedded::inject`] and [`Embedded::hold`]; over HTTP by POST with a root token, all members optional:
+//! In Rust through `Embedded::inject` and `Embedded::hold`; over HTTP by POST with a root token, all members optional:
 //!
 //! | path below `/v1/sys/embedded/` | body | what happens |
 //! |---|---|---|
@@ -25,7 +28,7 @@
 //! | `hang` | `times` (all), `path` | … wait until `release`, and are then answered |
 //! | `release` | | lets go of what hangs and forgets faults that nobody met |
 //! | `seal`, `unseal` | | as `sys/seal` and `sys/unseal`, without a key |
-//! | `counts` (GET) | | answers [`Counts`] |
+//! | `counts` (GET) | | answers `Counts` |
 
 mod ask;
 mod auth;
@@ -54,6 +57,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use axum::serve::ListenerExt as _;
 use serde_json::Value;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -134,6 +138,10 @@ impl Embedded {
             ahead: Mutex::default(),
             stop: watch::Sender::new(false),
         });
+        let listener = listener.tap_io(|connection| {
+            // Each answer is waited for. A connection that refuses the option is slower and no worse.
+            let _ = connection.set_nodelay(true);
+        });
         let router = axum::Router::new().fallback(server::handle).with_state(shared.clone());
         let mut stop = shared.stop.subscribe();
         let server = axum::serve(listener, router).with_graceful_shutdown(async move {
@@ -165,8 +173,9 @@ impl Embedded {
     #[must_use]
     pub fn banner(&self) -> String {
         format!(
-            "Embedded store at {}: for development and tests. It keeps secrets in this process's memory only and loses\n\
-             them when it ends; it speaks plain HTTP to this machine only. It is not a secret store to rely on.",
+            "Embedded store at {}: for development and tests.\n\
+             It keeps secrets in this process's memory only and loses them when it ends;\n\
+             it speaks plain HTTP to this machine only. It is not a secret store to rely on.",
             self.address
         )
     }

@@ -1,4 +1,4 @@
-//! Read 4: a file system on a [`Volume`]: names, inodes, handles, attributes. No FUSE in it and no runtime, so that it is
+//! Read 4: a file system on a `Volume`: names, inodes, handles, attributes. No FUSE in it and no runtime, so that it is
 //! tested without a kernel; [`crate::fuse`] translates.
 //!
 //! ```text
@@ -11,10 +11,12 @@
 //!       └── nested/tls.crt
 //! ```
 //! A handle pins a generation: reads through it never mix two. `fstat` has no handle and follows the inode, so a live inode
-//! takes a new generation over only when that confuses nobody (the switch rule, [`shown`]).
+//! takes a new generation over only when that confuses nobody (the switch rule, `shown`).
 //!
-//! Nothing can be written: [`Error::ReadOnly`] is the answer to every attempt.
+//! Nothing can be written: `Error::ReadOnly` is the answer to every attempt.
 
+/// Who is told of changes, and which of them the kernel has taken note of.
+pub mod announce;
 /// Attributes: sizes, times, owner, group, mode.
 pub mod attr;
 /// What goes wrong, and its errno.
@@ -26,16 +28,18 @@ pub mod shown;
 /// The names of a volume.
 pub mod tree;
 
+pub use announce::{Notice, Notify};
 pub use attr::{Attr, Kind, Ttl};
 pub use error::Error;
 pub use id::{Handle, Inode};
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 
 use crate::time::Moment;
 use crate::volume::{Change, Generation, Listener, Standing, Volume};
+use announce::Announcements;
 use id::LIVE;
-use shown::Shown;
+use shown::{Look, Shown};
 use tree::{Node, NodeKind, Tree};
 
 /// Longest name in bytes, as `statfs(2)` tells it.
@@ -93,27 +97,12 @@ pub struct Statistics {
     pub inodes: u64,
 }
 
-/// Something that the kernel, or an application's watcher, has to be told.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Notice {
-    /// Attributes and bytes of these inodes are others now.
-    Changed(Vec<Inode>),
-    /// This name in the root names nothing any more.
-    Removed(String),
-}
-
-/// Who passes notices on: the kernel's invalidator today, a poker of watchers later.
-pub trait Notify: Send + Sync {
-    /// Must not block: it is called by whoever changed the volume or by a handler.
-    fn notify(&self, notice: &Notice);
-}
-
 /// The file system of one volume.
 pub struct Fs {
     volume: Arc<Volume>,
     tree: Tree,
     shown: Vec<Shown>,
-    notify: RwLock<Vec<Arc<dyn Notify>>>,
+    announcements: Announcements,
 }
 
 impl Fs {
@@ -122,15 +111,27 @@ impl Fs {
     pub fn new(volume: Arc<Volume>) -> Arc<Self> {
         let tree = Tree::new(volume.spec().files.iter().map(|file| &file.path));
         let shown = volume.spec().files.iter().map(|_| Shown::default()).collect();
-        let fs = Arc::new(Self { volume, tree, shown, notify: RwLock::default() });
+        let fs = Arc::new(Self { volume, tree, shown, announcements: Announcements::default() });
         let listener: std::sync::Weak<dyn Listener> = Arc::downgrade(&(Arc::clone(&fs) as Arc<dyn Listener>));
         fs.volume.listen(listener);
+        // No kernel knows of it yet: nothing has to be given up for what is there.
+        fs.acknowledge(fs.newest());
         fs
     }
 
     /// Adds somebody who passes notices on.
     pub fn notify_through(&self, notify: Arc<dyn Notify>) {
-        self.notify.write().unwrap_or_else(PoisonError::into_inner).push(notify);
+        self.announcements.add(notify);
+    }
+
+    /// The kernel has given up what it believed before this generation: live inodes may show it now.
+    pub fn acknowledge(&self, generation: u32) {
+        self.announcements.acknowledge(generation, self.newest());
+    }
+
+    /// Calls `then` when the newest generation is acknowledged: at once, or by whoever acknowledges it.
+    pub fn when_settled(&self, then: Box<dyn FnOnce() + Send>) {
+        self.announcements.when_settled(self.newest(), then);
     }
 
     /// The volume it serves.
@@ -275,7 +276,7 @@ impl Fs {
     /// Gives a handle of a file or directory back.
     pub fn release(&self, handle: Handle) {
         for number in self.volume.generations().release(handle.generation()) {
-            self.announce(Notice::Removed(generation_name(number)));
+            self.announce(&Notice::Removed(generation_name(number)));
         }
     }
 
@@ -377,10 +378,12 @@ impl Fs {
 
     /// Which generation a live file shows; announces it if that is another one from now on.
     fn show(&self, index: usize, current: &Arc<Generation>, now: Moment, opening: bool) -> Arc<Generation> {
-        let (generation, switched) =
-            self.shown[index].decide(index, current, self.volume.generations(), now, opening);
+        let acknowledged = self.announcements.is_settled(current.number());
+        let look = Look { index, now, opening, acknowledged };
+        let (generation, switched) = self.shown[index].decide(look, current, self.volume.generations());
         if switched {
-            self.announce(Notice::Changed(vec![Inode::new(LIVE, self.tree.file(index))]));
+            let inodes = vec![Inode::new(LIVE, self.tree.file(index))];
+            self.announce(&Notice::Changed { generation: generation.number(), inodes });
         }
         generation
     }
@@ -397,19 +400,22 @@ impl Fs {
         self.volume.generations().find(number).ok_or(Error::Stale)
     }
 
-    fn announce(&self, notice: Notice) {
-        for notify in self.notify.read().unwrap_or_else(PoisonError::into_inner).iter() {
-            notify.notify(&notice);
-        }
+    fn newest(&self) -> u32 {
+        self.volume.generations().current().map_or(0, |current| current.number())
+    }
+
+    fn announce(&self, notice: &Notice) {
+        self.announcements.announce(notice, self.newest());
     }
 }
 
 impl Listener for Fs {
     fn changed(&self, change: &Change) {
         let live = change.files.iter().map(|&index| Inode::new(LIVE, self.tree.file(index)));
-        self.announce(Notice::Changed(live.chain([Inode::DATA, Inode::ROOT]).collect()));
+        let inodes = live.chain([Inode::DATA, Inode::ROOT]).collect();
+        self.announce(&Notice::Changed { generation: change.generation, inodes });
         for &number in &change.gone {
-            self.announce(Notice::Removed(generation_name(number)));
+            self.announce(&Notice::Removed(generation_name(number)));
         }
     }
 }

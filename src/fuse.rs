@@ -1,4 +1,4 @@
-//! Read 5: the adapter between the kernel's FUSE protocol and [`Fs`]. The only place with fuser's types.
+//! Read 5: the adapter between the kernel's FUSE protocol and `Fs`. The only place with fuser's types.
 //!
 //! ```text
 //!   mount ──/dev/fuse──▶ handshake ──negotiated──▶ session ──requests──▶ Adapter ──▶ Fs
@@ -122,9 +122,11 @@ impl Filesystem for Adapter {
                         Ok(handle) => reply.opened(FileHandle(handle.0), open_flags()),
                         Err(error) => reply.error(errno(error)),
                     };
+                    // Called by the cache when the refresh ends, or by the invalidator: a panic there would end either.
                     let fs = Arc::clone(&self.fs);
-                    // Called by the cache when the refresh ends: a panic there would end the cache.
-                    self.fs.volume().refresh(file, Box::new(move || guard(&fs, "open", answer)));
+                    let answer = Box::new(move || guard(&fs, "open", answer));
+                    let fs = Arc::clone(&self.fs);
+                    self.fs.volume().refresh(file, Box::new(move || fs.when_settled(answer)));
                 }
                 Err(error) => reply.error(errno(error)),
             }

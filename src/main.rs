@@ -17,7 +17,7 @@ fn main() -> ExitCode {
         Err(error) => {
             // Help and version go to standard output and are no failure.
             let code = if error.use_stderr() { exit::USAGE } else { exit::OK };
-            return if error.print().is_ok() { ExitCode::from(code) } else { ExitCode::FAILURE };
+            return exit::printed(error.print(), code);
         }
     };
     if let Err(error) = log::start(&arguments.log) {

@@ -1,7 +1,7 @@
 //! What a volume asks for: who it is at which store, which secrets it wants as which files, how fresh.
 //!
 //! Every type here is validated where it is made (by [`crate::class`] or by the command line), holds no secret, and may be
-//! printed. The layers below compare and hash them: two volumes whose [`Key`]s are equal share one read.
+//! printed. The layers below compare and hash them: two volumes whose `Key`s are equal share one read.
 
 use std::path::PathBuf;
 use std::sync::Arc;

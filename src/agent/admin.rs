@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
 
 use super::status::{self, MountDetail, MountStatus};
 use super::{Agent, runtime};
@@ -21,6 +22,10 @@ use super::{Agent, runtime};
 const DEADLINE: Duration = Duration::from_secs(5);
 /// A longer question is none.
 const LONGEST_QUESTION: u64 = 16 << 10;
+/// A longer reply is cut, and so none: a thousand mounts take less than one MiB.
+const LONGEST_REPLY: u64 = 16 << 20;
+/// Agents of one user that are asked.
+const MOST_AGENTS: usize = 256;
 /// Answers being written at a time.
 const AT_ONCE: usize = 16;
 
@@ -43,7 +48,7 @@ pub enum Reply {
     /// To [`Question::Mounts`].
     Mounts(Vec<MountStatus>),
     /// To [`Question::Mount`]; `None`: this agent has no such mount.
-    Mount(Option<MountDetail>),
+    Mount(Option<Box<MountDetail>>),
     /// To [`Question::Metrics`].
     Metrics(String),
     /// The question was not understood.
@@ -85,40 +90,47 @@ pub fn listen(agent: &Arc<Agent>) -> io::Result<Socket> {
     Ok(Socket { path, task })
 }
 
-/// Asks every agent that the present user may ask. Agents that do not answer are told apart from those that are gone.
+/// Asks every agent that the present user may ask, all at once. Agents that do not answer are told apart from those that are
+/// gone.
 pub async fn ask_all(question: &Question) -> Vec<(PathBuf, io::Result<Reply>)> {
-    let mut answers = Vec::new();
+    let Ok(question) = serde_json::to_vec(question) else { return Vec::new() };
+    let question: Arc<[u8]> = question.into();
+    let own = runtime::directory();
+    let mut asked = JoinSet::new();
     for directory in runtime::directories() {
         let Ok(entries) = std::fs::read_dir(&directory) else { continue };
-        for path in entries
-            .flatten()
-            .map(|entry| entry.path())
-            .filter(|path| path.extension().is_some_and(|e| e == "sock"))
-        {
-            let answer = tokio::time::timeout(DEADLINE, ask(&path, question)).await;
-            match answer
-                .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "no answer within 5 s")))
-            {
-                // Left behind by a process that was killed; its successor of the same number would have taken it over.
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                    let _ = std::fs::remove_file(&path);
+        let sockets = entries.flatten().map(|entry| entry.path());
+        for path in sockets.filter(|path| path.extension().is_some_and(|e| e == "sock")).take(MOST_AGENTS) {
+            let (question, ours) = (Arc::clone(&question), directory == own);
+            asked.spawn(async move {
+                let answer = tokio::time::timeout(DEADLINE, ask(&path, &question)).await;
+                let late = |_| Err(io::Error::new(io::ErrorKind::TimedOut, "no answer within 5 s"));
+                match answer.unwrap_or_else(late) {
+                    // Left behind by a process that was killed; its successor of the same number would have taken it over.
+                    Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                        // Not for root in another user's directory, which may be anything by now.
+                        if ours {
+                            let _ = std::fs::remove_file(&path);
+                        }
+                        None
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+                    answer => Some((path, answer)),
                 }
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                answer => answers.push((path, answer)),
-            }
+            });
         }
     }
+    let mut answers: Vec<_> = asked.join_all().await.into_iter().flatten().collect();
     answers.sort_by(|a, b| a.0.cmp(&b.0));
     answers
 }
 
-async fn ask(path: &Path, question: &Question) -> io::Result<Reply> {
+async fn ask(path: &Path, question: &[u8]) -> io::Result<Reply> {
     let mut stream = UnixStream::connect(path).await?;
-    let mut line = serde_json::to_vec(question)?;
-    line.push(b'\n');
-    stream.write_all(&line).await?;
+    stream.write_all(question).await?;
+    stream.write_all(b"\n").await?;
     let mut reply = Vec::new();
-    stream.read_to_end(&mut reply).await?;
+    stream.take(LONGEST_REPLY).read_to_end(&mut reply).await?;
     Ok(serde_json::from_slice(&reply)?)
 }
 
@@ -156,7 +168,7 @@ async fn answer(stream: UnixStream, agent: &Agent) -> io::Result<()> {
     BufReader::new(reader.take(LONGEST_QUESTION)).read_line(&mut line).await?;
     let reply = match serde_json::from_str(&line) {
         Ok(Question::Mounts) => Reply::Mounts(status::mounts(agent)),
-        Ok(Question::Mount(path)) => Reply::Mount(status::detail(agent, &path)),
+        Ok(Question::Mount(path)) => Reply::Mount(status::detail(agent, &path).map(Box::new)),
         Ok(Question::Metrics) => Reply::Metrics(agent.metrics().render()),
         Err(_) => Reply::Refused("not a question of this version".to_owned()),
     };

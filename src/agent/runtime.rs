@@ -1,5 +1,7 @@
 //! Where agents of one user meet: a directory that nobody else may enter.
 
+use std::ffi::OsStr;
+use std::fs::Metadata;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -29,8 +31,7 @@ pub fn make_private(path: &Path) -> io::Result<()> {
         other => return other,
     }
     let found = std::fs::symlink_metadata(path)?;
-    let ours = found.is_dir() && found.uid() == rustix::process::geteuid().as_raw();
-    if ours && found.mode() & 0o077 == 0 {
+    if is_private(&found, rustix::process::geteuid().as_raw()) {
         return Ok(());
     }
     let text = format!(
@@ -40,18 +41,52 @@ pub fn make_private(path: &Path) -> io::Result<()> {
     Err(io::Error::new(io::ErrorKind::PermissionDenied, text))
 }
 
-/// Every directory in which an agent may be found by the present user: its own, and for root those of all users.
+/// Every directory in which an agent may be found by the present user: its own, and for root those of all users. One that is
+/// not its user's alone is left out: in /tmp anybody may make it.
 #[must_use]
 pub fn directories() -> Vec<PathBuf> {
-    let mut found = vec![directory()];
-    if rustix::process::geteuid().is_root() {
-        let entries =
-            |path: &str| std::fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
-        found.extend(entries("/run/user").map(|user| user.join("fuse-secrets")));
-        found.extend(entries("/tmp").filter(|path| {
-            path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("fuse-secrets-"))
-        }));
+    let user = rustix::process::geteuid();
+    let mut found = vec![(directory(), user.as_raw())];
+    if user.is_root() {
+        let entries = |path: &str| std::fs::read_dir(path).into_iter().flatten().flatten();
+        let number = |name: &OsStr, prefix: &str| name.to_str()?.strip_prefix(prefix)?.parse::<u32>().ok();
+        found.extend(
+            entries("/run/user").filter_map(|entry| {
+                Some((entry.path().join("fuse-secrets"), number(&entry.file_name(), "")?))
+            }),
+        );
+        found.extend(
+            entries("/tmp")
+                .filter_map(|entry| Some((entry.path(), number(&entry.file_name(), "fuse-secrets-")?))),
+        );
     }
-    found.retain(|path| path.is_dir());
-    found
+    found.retain(|(path, owner)| {
+        std::fs::symlink_metadata(path).is_ok_and(|found| is_private(&found, *owner))
+    });
+    found.into_iter().map(|(path, _)| path).collect()
+}
+
+fn is_private(found: &Metadata, owner: u32) -> bool {
+    found.is_dir() && found.uid() == owner && found.mode() & 0o077 == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn a_runtime_directory_that_others_may_enter_is_refused() {
+        let parent = tempfile::tempdir().unwrap();
+        let made = parent.path().join("made");
+        make_private(&made).unwrap();
+        make_private(&made).unwrap();
+        assert_eq!(std::fs::metadata(&made).unwrap().mode() & 0o777, 0o700);
+        std::fs::set_permissions(&made, std::fs::Permissions::from_mode(0o750)).unwrap();
+        assert!(make_private(&made).unwrap_err().to_string().contains("mode 0700"));
+        let link = parent.path().join("link");
+        std::os::unix::fs::symlink(parent.path(), &link).unwrap();
+        assert!(make_private(&link).is_err());
+    }
 }

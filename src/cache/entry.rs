@@ -8,7 +8,7 @@ use rand::Rng;
 
 use super::State;
 use super::budget::Ticket;
-use super::machine::{FlightId, HolderId, IdentityId, WantId};
+use super::id::{HolderId, IdentityId, WantId};
 use super::schedule;
 use crate::reference::{Freshness, Key};
 use crate::store::{Lease, StoreError};
@@ -25,8 +25,6 @@ pub(super) enum Stage {
     Queued(Ticket),
     /// It was sent with the token of this number.
     Sent {
-        /// The request.
-        flight: FlightId,
         /// The token's number.
         token: u64,
     },

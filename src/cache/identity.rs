@@ -1,15 +1,20 @@
 //! One identity's login at its store, shared by all who have the identity.
 //!
 //! ```text
-//!           a read wants it           answered
-//!   Absent ────────────────▶ Asked ─────────────▶ Held ◀──── answered, or failed for now ────┐
-//!      ▲                     │  ▲ ▲                │ │                                       │
-//!      │              failed │  │ └── 403 ─────────┤ └── 2/3 of its life ─────────────▶ Replacing
-//!      │                     ▼  │                  │                                     │   │
-//!      │                  Failed┘ back-off passed, │ end of its life            403, end │   │ renewal refused:
-//!      └───────────────────────── or a new ────────┘                      (then Asked) ◀─┘   └▶ by a login
-//!                                 credential: read again
+//!                ┌───── a read, back-off passed ──────┐
+//!                ▼                                    │
+//!   Absent ───▶ Asked ──────── failed ───────────▶ Failed
+//!     ▲  a read │   ▲ ▲
+//!     │         │   │ └──── denied, or end of life ────┐
+//!     │ answered│   │ denied                           │
+//!     │         ▼   │                                  │
+//!     └─ end ── Held ◀── answered, or failed for now ── Replacing ◀─┐
+//!        of      └───── 2/3 of life, or a new ───────▶     └────────┘
+//!        life           store token                   renewal refused: by a login
 //! ```
+//! Reads move it to the right of Absent, the store's answers down and up, time out of Held. A new credential ends the
+//! back-off of Failed. Whatever waits for a login that failed, fails with its error.
+//!
 //! A token that is being replaced still serves reads. A token that a read was denied with serves none any more, and is
 //! replaced once, however many reads were denied: they carry the token's number.
 
@@ -20,7 +25,7 @@ use std::time::{Duration, Instant};
 use rand::{Rng, RngExt as _};
 
 use super::budget::Lane;
-use super::machine::{EntryId, FlightId};
+use super::id::{EntryId, FlightId};
 use super::schedule;
 use crate::reference::{self, Subject};
 use crate::store::StoreError;
@@ -183,7 +188,6 @@ impl Session {
                 self.state = State::Asked { flight };
                 false
             }
-            State::Asked { .. } => false,
             _ => {
                 self.state = State::Asked { flight: None };
                 true

@@ -1,5 +1,5 @@
 //! The machine: all rules of the cache, no I/O, no clock, no value, no secret. Its driver tells it what happened
-//! ([`Event`]) and does what it says ([`Action`]); between two events it is asked when to wake it ([`Machine::wake_at`]).
+//! (`Event`) and does what it says (`Action`); between two events it is asked when to wake it (`Machine::wake_at`).
 //!
 //! ```text
 //!   due, or a reader waits                                            answered: Publish, wake the readers
@@ -12,16 +12,17 @@
 //! Every request that was sent has a moment after which the machine takes it for failed: a driver that loses one costs a
 //! delay, never a value.
 
-pub use event::{Action, EntryId, Event, FlightId, HolderId, IdentityId, WantId};
+pub use event::{Action, Event};
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rand::Rng;
 
 use super::budget::{Budget, Lane};
 use super::entry::{Entry, Flight, Stage};
+use super::id::{EntryId, FlightId, HolderId, IdentityId, WantId};
 use super::identity::{How, Session};
 use super::schedule::Schedule;
 use super::{CacheError, Limits};
@@ -31,6 +32,8 @@ use crate::time::Moment;
 /// Readers that may wait for one entry, and for all of them; what comes beyond is answered at once.
 const WAITERS_PER_ENTRY: usize = 256;
 const WAITERS: usize = 4_096;
+/// A reader who waited at least this long in vain says something of the store.
+const IN_VAIN: Duration = Duration::from_millis(500);
 
 /// What goes into the machine and what comes out.
 mod event;
@@ -53,6 +56,7 @@ enum Timer {
 
 struct Want {
     holder: HolderId,
+    since: Instant,
     entries: Vec<EntryId>,
     /// Those it still waits for.
     open: usize,
@@ -271,7 +275,7 @@ impl Machine {
         rng: &mut dyn Rng,
     ) {
         let full = self.wants.len() >= WAITERS;
-        self.wants.insert(want, Want { holder, entries: Vec::new(), open: 0 });
+        self.wants.insert(want, Want { holder, since: now, entries: Vec::new(), open: 0 });
         let mut joined = Vec::new();
         for &id in &entries {
             let Some(entry) = self.entries.get(&id) else { continue };
@@ -334,10 +338,11 @@ impl Machine {
     fn fire(&mut self, timer: Timer, now: Instant, rng: &mut dyn Rng) {
         match timer {
             Timer::Want(want) => {
-                for id in self.wants.get(&want).map(|want| want.entries.clone()).unwrap_or_default() {
-                    if let Some(entry) = self.entries.get_mut(&id)
-                        && entry.waiters.contains(&want)
-                    {
+                let in_vain = |want: &&Want| now.saturating_duration_since(want.since) >= IN_VAIN;
+                let waiting = self.wants.get(&want).filter(in_vain);
+                for id in waiting.map(|want| want.entries.clone()).unwrap_or_default() {
+                    let entry = self.entries.get_mut(&id);
+                    if let Some(entry) = entry.filter(|entry| entry.waiters.contains(&want)) {
                         entry.lose_patience();
                     }
                 }

@@ -41,7 +41,7 @@ pub(super) fn refresh_after(
         Some(lease) => regular.min(ahead_of(lease, rng)),
         None => regular,
     };
-    delay.max(FLOOR)
+    delay.clamp(FLOOR, EVER)
 }
 
 /// From now to the replacement of what ends after `life`.
@@ -67,7 +67,7 @@ pub(super) fn retry_after(
 
 /// From a failure that somebody must change something about to the next try: no faster than the interval.
 pub(super) fn recheck_after(interval: Duration, rng: &mut dyn Rng) -> Duration {
-    interval.mul_f64(rng.random_range(1.0..1.2)).max(FLOOR)
+    interval.min(EVER).mul_f64(rng.random_range(1.0..1.2)).max(FLOOR)
 }
 
 /// Wake-ups by moment, at most one per `T`: setting and taking one costs O(log n).

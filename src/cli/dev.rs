@@ -14,7 +14,7 @@ use serde_json::json;
 
 use super::exit;
 use super::panics::Panicked;
-use super::serving::{End, Signals, allow_other, prepare, until_the_end};
+use super::serving::{End, Signals, allow_other, make, prepare, until_the_end};
 use crate::agent::{Agent, Setup, admin, runtime};
 use crate::class;
 use crate::config::Settings;
@@ -45,8 +45,18 @@ spec:
       - {objectName: app/config.json, secretPath: kv/demo/config}
 ";
 
+const HELP: &str = "\
+It prints what to try: reading a secret, changing it, seeing the change. Nothing outlives it: the store is in its memory, \
+and the end (Ctrl-C, SIGTERM, a lost terminal, a fault) unmounts. What a killed one leaves, the next one takes away.
+
+Examples:
+      fuse-secrets dev
+      fuse-secrets dev --mount ./secrets
+      fuse-secrets dev --listen 127.0.0.1:8200 --log debug";
+
 /// Arguments of `dev`.
 #[derive(Args)]
+#[command(after_long_help = HELP)]
 pub struct Options {
     /// Where to mount; made if it is missing [default: dev in the user's runtime directory]
     #[arg(long, value_name = "DIR")]
@@ -118,14 +128,6 @@ async fn serve(options: Options, panicked: &mut Panicked) -> Result<ExitCode, Fa
     Ok(ExitCode::from(code))
 }
 
-/// Makes the directory if nothing is there. One that is there is left alone: it may be a dead mount.
-fn make(directory: &Path) -> io::Result<()> {
-    match std::fs::create_dir(directory) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-        other => other,
-    }
-}
-
 fn fill(store: &Embedded) -> Result<(), crate::dev::Refusal> {
     store.put("secret/demo/db", &json!({ "password": "correct-horse-battery-staple" }))?;
     store.put("secret/demo/api", &json!({ "key": "demo-0000-1111-2222" }))?;
@@ -138,12 +140,26 @@ struct Header(PathBuf);
 
 impl Header {
     fn write(home: &Path, store: &Embedded) -> io::Result<Self> {
+        Self::clean(home)?;
         let path = home.join(format!("dev-{}.header", std::process::id()));
         let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path)?;
         file.write_all(b"X-Vault-Token: ")?;
         file.write_all(store.root_token().expose().as_bytes())?;
         file.write_all(b"\n")?;
         Ok(Self(path))
+    }
+
+    /// Removes what killed ones left.
+    fn clean(home: &Path) -> io::Result<()> {
+        for entry in std::fs::read_dir(home)?.flatten() {
+            let name = entry.file_name();
+            let process = name.to_str().and_then(|name| name.strip_prefix("dev-")?.strip_suffix(".header"));
+            let process = process.and_then(|number| number.parse::<u32>().ok());
+            if process.is_some_and(|number| !Path::new(&format!("/proc/{number}")).exists()) {
+                std::fs::remove_file(entry.path())?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -156,22 +172,43 @@ impl Drop for Header {
 }
 
 fn introduce(directory: &Path, store: &Embedded, header: &Header, interval: Duration) -> io::Result<()> {
-    let (directory, address, header) = (directory.display(), store.address(), header.0.display());
+    let at = |inside: &str| quoted(&directory.join(inside).display().to_string());
+    let (root, password) = (quoted(&directory.display().to_string()), at("db-password"));
+    let header = quoted(&format!("@{}", header.0.display()));
     let mut out = io::stdout().lock();
     writeln!(
         out,
-        "\n{}\n\nMounted at {directory}. Try, in another terminal:\n\n\
-         \x20 ls -lR {directory}\n\
-         \x20 cat {directory}/db-password\n\n\
+        "\n{}\n\nMounted at {}. Try, in another terminal:\n\n\
+         \x20 ls -lR {root}\n\
+         \x20 cat {password}\n\n\
          \x20 # change the secret; the next cat after {} shows it\n\
-         \x20 curl -H @{header} \\\n\
+         \x20 curl -H {header} \\\n\
          \x20   -d '{{\"data\":{{\"password\":\"changed\"}}}}' \\\n\
-         \x20   {address}/v1/secret/data/demo/db\n\n\
+         \x20   {}/v1/secret/data/demo/db\n\n\
          \x20 fuse-secrets mounts\n\
-         \x20 fuse-secrets mounts {directory}\n\n\
+         \x20 fuse-secrets mounts {root}\n\n\
          Ctrl-C unmounts and ends it.",
         store.banner(),
+        directory.display(),
         humantime::format_duration(interval),
+        store.address(),
     )?;
     out.flush()
+}
+
+/// A word as a shell reads it back.
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_alphanumeric() || "/._-@:+,".contains(c);
+    if word.chars().all(plain) { word.to_owned() } else { format!("'{}'", word.replace('\'', "'\\''")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn printed_paths_are_one_word_for_a_shell() {
+        assert_eq!(quoted("/run/user/1000/fuse-secrets/dev"), "/run/user/1000/fuse-secrets/dev");
+        assert_eq!(quoted("/home/a b/it's"), "'/home/a b/it'\\''s'");
+    }
 }

@@ -1,5 +1,5 @@
 //! `fuse-secrets doctor`: what this node gives, and what is lost without it. Facts are gathered from the kernel; the
-//! [`Report`] is judged from them alone, so that every verdict is tested with recorded facts.
+//! `Report` is judged from them alone, so that every verdict is tested with recorded facts.
 
 use std::fmt;
 use std::io;
@@ -15,6 +15,15 @@ mod version;
 
 use facts::{Facts, Fusermount};
 use version::Version;
+
+/// Ends the command's long help.
+pub const HELP: &str = "\
+Judged for whoever asks: run it as the user who will mount. Exit codes: 0 all is there or only less than it could be (note), \
+1 something is lost that matters (LOST).
+
+Examples:
+      fuse-secrets doctor
+      fuse-secrets doctor -o json | jq '.checks[] | select(.verdict != \"good\")'";
 
 /// How a check came out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

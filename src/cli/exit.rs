@@ -1,7 +1,7 @@
 //! Exit codes (sysexits.h where it has a name for it), and the line on standard error that goes with them.
 
 use std::error::Error;
-use std::io;
+use std::io::{self, Write as _};
 use std::process::ExitCode;
 
 use crate::agent::{ServeError, StartError};
@@ -31,6 +31,11 @@ pub const LIMIT: u8 = 75;
 /// `EX_NOPERM`: the store refused.
 pub const REFUSED: u8 = 77;
 
+/// Prints a line to standard error. Nobody can be told that standard error is closed.
+pub fn complain(text: &str) {
+    let _ = writeln!(io::stderr(), "fuse-secrets: {text}");
+}
+
 /// Prints an error with its causes, on one line each where it has several, and gives the exit code.
 pub fn report(code: u8, error: &dyn Error) -> ExitCode {
     let mut text = error.to_string();
@@ -43,7 +48,7 @@ pub fn report(code: u8, error: &dyn Error) -> ExitCode {
         }
         cause = error.source();
     }
-    eprintln!("fuse-secrets: {text}");
+    complain(&text);
     ExitCode::from(code)
 }
 

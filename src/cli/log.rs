@@ -4,7 +4,7 @@ use std::io::IsTerminal as _;
 
 use clap::{Args, ValueEnum};
 use tracing::Level;
-use tracing_subscriber::filter::filter_fn;
+use tracing_subscriber::filter::{LevelFilter, filter_fn};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Layer as _, fmt};
@@ -19,10 +19,25 @@ const WIRE: [&str; 8] = ["h2", "hyper", "hyper_util", "hyper_rustls", "reqwest",
 #[derive(Args)]
 pub struct Options {
     /// What to log: error, warn, info, debug, trace, or a filter such as info,fuse_secrets::cache=debug
-    #[arg(long, global = true, env = "FUSE_SECRETS_LOG", value_name = "FILTER", default_value = "info")]
+    #[arg(
+        long,
+        global = true,
+        env = "FUSE_SECRETS_LOG",
+        value_name = "FILTER",
+        default_value = "info",
+        help_heading = "Logging"
+    )]
     pub log: String,
     /// How to write the log
-    #[arg(long, global = true, env = "FUSE_SECRETS_LOG_FORMAT", value_enum, default_value_t)]
+    #[arg(
+        long,
+        global = true,
+        env = "FUSE_SECRETS_LOG_FORMAT",
+        value_name = "FORMAT",
+        value_enum,
+        default_value_t,
+        help_heading = "Logging"
+    )]
     pub log_format: Format,
 }
 
@@ -38,7 +53,9 @@ pub enum Format {
 
 /// A filter that cannot be read.
 #[derive(Debug, thiserror::Error)]
-#[error("--log: not a level or filter (write info, debug, or info,fuse_secrets::store=debug)")]
+#[error(
+    "--log or FUSE_SECRETS_LOG: not a level or filter; write info, debug, or info,fuse_secrets::store=debug"
+)]
 pub struct FilterError;
 
 /// Starts logging.
@@ -46,7 +63,7 @@ pub struct FilterError;
 /// # Errors
 /// [`FilterError`]
 pub fn start(options: &Options) -> Result<(), FilterError> {
-    let filter = EnvFilter::try_new(&options.log).map_err(|_| FilterError)?;
+    let filter = filter(&options.log)?;
     let quiet = filter_fn(|event| {
         let root = event.target().split("::").next().unwrap_or_default();
         *event.level() <= Level::WARN || !WIRE.contains(&root)
@@ -58,6 +75,21 @@ pub fn start(options: &Options) -> Result<(), FilterError> {
     };
     tracing_subscriber::registry().with(lines.with_filter(filter).with_filter(quiet)).init();
     Ok(())
+}
+
+/// A word that is no level would be taken for a target, of which there is none: `inof` would log nothing, for ever.
+fn filter(text: &str) -> Result<EnvFilter, FilterError> {
+    let meant = |part: &str| {
+        let target = part.split(['=', '[']).next().unwrap_or_default();
+        part.parse::<LevelFilter>().is_ok() || part != target || target.starts_with("fuse_secrets")
+    };
+    // Set but empty is as good as not set.
+    let text = if text.trim().is_empty() { "info" } else { text };
+    if text.split(',').all(meant) {
+        EnvFilter::try_new(text).map_err(|_| FilterError)
+    } else {
+        Err(FilterError)
+    }
 }
 
 /// Tells how a hardening measure went.

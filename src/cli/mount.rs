@@ -44,12 +44,13 @@ pub struct Options {
 }
 
 const EXAMPLES: &str = "\
-A flag wins over its environment variable (--max-age: FUSE_SECRETS_MAX_AGE), both win over the class, the class wins over the
-configuration file. Durations have a unit: 30s, 5m. Secrets come by file, never by flag or variable.
+A flag wins over its environment variable (--max-age: FUSE_SECRETS_MAX_AGE), both win over the class, the class wins \
+over the configuration file. Durations have a unit: 30s, 5m. Secrets come by file, never by flag or variable.
 
 Examples:
   With a token:
-      fuse-secrets mount --class app.yaml --address https://vault:8200 --token-file ~/.vault-token /mnt/app
+      fuse-secrets mount --class app.yaml --address https://vault:8200 \\
+          --token-file ~/.vault-token /mnt/app
   With a JWT, against a private CA:
       fuse-secrets mount --class app.yaml --address https://vault:8200 --ca ca.pem \\
           --auth-method jwt --role app --jwt-file /run/token.jwt /mnt/app
@@ -72,15 +73,17 @@ enum BeforeError {
     Settings(Faults),
     #[error("{path}: {faults}")]
     Class { path: PathBuf, faults: Faults },
-    #[error("{path} holds the classes {names}: say which with --class-name")]
+    #[error("{path} holds several such classes; say which with --class-name, one of {names}")]
     Which { path: PathBuf, names: String },
+    #[error("{path} holds no class of that name; give --class-name one of {names}")]
+    NoSuch { path: PathBuf, names: String },
 }
 
 impl BeforeError {
     fn code(&self) -> u8 {
         match self {
             Self::Read { .. } => exit::NO_INPUT,
-            Self::Settings(_) | Self::Which { .. } => exit::USAGE,
+            Self::Settings(_) | Self::Which { .. } | Self::NoSuch { .. } => exit::USAGE,
             Self::Class { .. } => exit::DATA,
         }
     }
@@ -90,7 +93,10 @@ impl BeforeError {
 pub async fn run(options: Options, mut panicked: Panicked) -> ExitCode {
     let (config, spec) = match before(&options) {
         Ok(ready) => ready,
-        Err(error) => return exit::report(error.code(), &error),
+        Err(errors) => {
+            let codes: Vec<_> = errors.iter().map(|error| exit::report(error.code(), error)).collect();
+            return codes.first().copied().unwrap_or(ExitCode::FAILURE);
+        }
     };
     let directory = match prepare(&options.directory) {
         Ok(directory) => directory,
@@ -110,23 +116,28 @@ pub async fn run(options: Options, mut panicked: Panicked) -> ExitCode {
         Ok(socket) => socket,
         Err(error) => return exit::report(exit::FAILED, &error),
     };
-    let (files, interval) = (spec.files.len(), spec.freshness.interval);
     let credential = Arc::new(config.credential());
-    let others = allow_other(config.allow_other);
-    let mounting = agent.mount(&directory, spec, None, credential, others, Instant::now() + FIRST);
-    let code = tokio::select! {
-        result = mounting => match result {
-            Ok(served) => {
-                tracing::info!(path = %directory.display(), files, ?interval, "mounted");
-                notify(&[sd_notify::NotifyState::Ready]);
-                match until_the_end(&served, &mut signals, &mut panicked).await {
-                    End::Panic => ExitCode::from(exit::SOFTWARE),
-                    End::Signal | End::Unmounted => ExitCode::from(exit::OK),
-                }
+    let publishing = agent.publish(&directory, spec, None, credential, Instant::now() + FIRST);
+    // Waiting for a store may be given up, mounting may not.
+    let published = tokio::select! {
+        result = publishing => Some(result),
+        () = signals.came() => None,
+    };
+    let served = match published {
+        Some(Ok(volume)) => Some(agent.serve(&directory, volume, allow_other(config.allow_other)).await),
+        Some(Err(error)) => Some(Err(error)),
+        None => None,
+    };
+    let code = match served {
+        Some(Ok(served)) => {
+            notify(&[sd_notify::NotifyState::Ready]);
+            match until_the_end(&served, &mut signals, &mut panicked).await {
+                End::Panic => ExitCode::from(exit::SOFTWARE),
+                End::Signal | End::Unmounted => ExitCode::from(exit::OK),
             }
-            Err(error) => exit::report(exit::serve(&error), &error),
-        },
-        () = signals.came() => ExitCode::from(exit::OK),
+        }
+        Some(Err(error)) => exit::report(exit::serve(&error), &error),
+        None => ExitCode::from(exit::OK),
     };
     notify(&[sd_notify::NotifyState::Stopping]);
     agent.shutdown().await;
@@ -134,36 +145,46 @@ pub async fn run(options: Options, mut panicked: Panicked) -> ExitCode {
     code
 }
 
-/// Reads settings and class; asks nobody.
-fn before(options: &Options) -> Result<(Config, VolumeSpec), BeforeError> {
-    let environment = Layer::from_environment(std::env::vars_os()).map_err(BeforeError::Settings)?;
-    let file = match &options.config {
-        Some(path) => Layer::from_yaml(&read(path)?).map_err(BeforeError::Settings)?,
-        None => Layer::default(),
+/// Reads settings and class; asks nobody. What is wrong is told of all of them at once.
+fn before(options: &Options) -> Result<(Config, VolumeSpec), Vec<BeforeError>> {
+    let file = options.config.as_deref().map(read).transpose();
+    let config = file.and_then(|file| {
+        let flags = options.settings.clone();
+        Config::read(flags, std::env::vars_os(), file.as_deref()).map_err(BeforeError::Settings)
+    });
+    let class = read(&options.class).and_then(|text| {
+        let wrong = |faults| BeforeError::Class { path: options.class.clone(), faults };
+        choose(class::parse(&text).map_err(wrong)?, options)
+    });
+    let (config, class) = match (config, class) {
+        (Ok(config), Ok(class)) => (config, class),
+        (config, class) => return Err(config.err().into_iter().chain(class.err()).collect()),
     };
-    let config =
-        Config::resolve(options.settings.clone(), environment, file).map_err(BeforeError::Settings)?;
-    let wrong = |faults| BeforeError::Class { path: options.class.clone(), faults };
-    let classes = class::parse(&read(&options.class)?).map_err(wrong)?;
-    let class = choose(classes, options)?;
     for warning in &class.warnings {
         tracing::warn!(class = %class, field = %warning.field, "{}", warning.text);
     }
-    let spec =
-        class.into_spec(&config.over, &config.under, config.subject()).map_err(BeforeError::Settings)?;
-    Ok((config, spec))
+    let spec = class.into_spec(&config.over, &config.under, config.subject());
+    Ok((config, spec.map_err(|faults| vec![BeforeError::Settings(faults)])?))
 }
 
 fn choose(mut classes: Vec<Class>, options: &Options) -> Result<Class, BeforeError> {
+    let path = options.class.clone();
+    let list = |classes: &[Class]| classes.iter().map(Class::full_name).collect::<Vec<_>>().join(", ");
+    let mut names = list(&classes);
     if let Some(wanted) = &options.class_name {
         classes.retain(|class| class.name == *wanted || class.full_name() == *wanted);
-    }
-    match (classes.pop(), classes.is_empty()) {
-        (Some(class), true) => Ok(class),
-        (last, _) => {
-            let names: Vec<String> = classes.iter().chain(&last).map(Class::full_name).collect();
-            Err(BeforeError::Which { path: options.class.clone(), names: names.join(", ") })
+        if classes.is_empty() {
+            return Err(BeforeError::NoSuch { path, names });
         }
+        // A namespace that is left out stands for none, where there is one such.
+        if classes.iter().any(|class| class.full_name() == *wanted) {
+            classes.retain(|class| class.full_name() == *wanted);
+        }
+        names = list(&classes);
+    }
+    match classes.pop() {
+        Some(class) if classes.is_empty() => Ok(class),
+        _ => Err(BeforeError::Which { path, names }),
     }
 }
 

@@ -1,20 +1,27 @@
 //! `fuse-secrets mounts`: what is mounted, by whichever agent of this user (for root: of any user).
 
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::SystemTime;
 
 use clap::{Args, ValueEnum};
 
 use super::exit;
+use super::serving::locate;
+use super::text::{harmless, wrap};
 use crate::agent::admin::{Question, Reply, ask_all};
 use crate::agent::status::{FileStatus, MountDetail, MountStatus};
+use crate::fuse::mount::points;
 
 /// Printed lines of the narrow table are no longer than this.
 const COLUMNS: usize = 80;
 /// Of these, the mount point gets at most so many.
 const PATH_COLUMNS: usize = 34;
+/// And a file's path.
+const FILE_COLUMNS: usize = 24;
+/// The first column of what is told of one mount.
+const NAME_COLUMNS: usize = 12;
 
 /// Arguments of `mounts`.
 #[derive(Args)]
@@ -22,19 +29,19 @@ const PATH_COLUMNS: usize = 34;
 pub struct Options {
     /// Show one mount, file by file
     #[arg(value_name = "PATH", conflicts_with = "metrics")]
-    path: Option<std::path::PathBuf>,
+    path: Option<PathBuf>,
     /// How to print
     #[arg(short, long, value_enum, default_value_t)]
     output: Output,
     /// Print the counters of every agent instead, in the text format of Prometheus
-    #[arg(long)]
+    #[arg(long, conflicts_with = "output")]
     metrics: bool,
 }
 
 const HELP: &str = "\
-STATE is fresh (the store answered the last refresh), stale (it did not; the last known values are served) or gone (for longer
-than the class's stale grace; opening such a file fails). REFRESHED is when the store last answered for the secret that
-waits longest.
+STATE is fresh (the store answered the last refresh), stale (it did not; the last known values are served) or gone (for \
+longer than the class's stale grace; opening such a file fails). REFRESHED is when the store last answered for the secret \
+that waits longest. Shown are the agents of this user; to root, those of all users.
 
 Examples:
       fuse-secrets mounts
@@ -56,52 +63,139 @@ enum Output {
 
 /// Runs the command.
 pub async fn run(options: Options) -> ExitCode {
-    let question = match (&options.path, options.metrics) {
-        (Some(path), _) => Question::Mount(full(path)),
-        (None, true) => Question::Metrics,
-        (None, false) => Question::Mounts,
-    };
-    let (mut mounts, mut details, mut metrics, mut silent) =
-        (Vec::new(), Vec::new(), String::new(), Vec::new());
-    for (socket, answer) in ask_all(&question).await {
-        match answer {
-            Ok(Reply::Mounts(more)) => mounts.extend(more),
-            Ok(Reply::Mount(detail)) => details.extend(detail),
-            Ok(Reply::Metrics(more)) => metrics.push_str(&more),
-            Ok(Reply::Refused(why)) => silent.push(format!("{}: {why}", socket.display())),
-            Err(error) => silent.push(format!("{}: {error}", socket.display())),
-        }
-    }
-    for line in &silent {
-        eprintln!("fuse-secrets: an agent did not answer: {line}");
-    }
-    let mut out = io::stdout().lock();
     let now = SystemTime::now();
-    let failed = if silent.is_empty() { exit::OK } else { exit::FAILED };
-    match (options.path, options.metrics) {
-        (Some(path), _) => match details.pop() {
-            Some(detail) => exit::printed(print_detail(&mut out, &detail, options.output, now), failed),
+    if options.metrics {
+        let mut texts = Vec::new();
+        let take = |socket: &Path, reply| {
+            if let Reply::Metrics(text) = reply {
+                texts.push((agent(socket), text));
+            }
+        };
+        let code = ask(&Question::Metrics, take).await;
+        return exit::printed(io::stdout().write_all(labelled(&texts).as_bytes()), code);
+    }
+    if let Some(path) = &options.path {
+        // What cannot be looked up may still be the name of a mount.
+        let full = locate(path).or_else(|_| std::path::absolute(path)).unwrap_or_else(|_| path.clone());
+        let mut found = None;
+        let take = |_: &Path, reply| {
+            if let Reply::Mount(Some(detail)) = reply {
+                found = Some(detail);
+            }
+        };
+        let code = ask(&Question::Mount(full.display().to_string()), take).await;
+        return match found {
+            Some(detail) => {
+                exit::printed(print_detail(&mut io::stdout().lock(), &detail, options.output, now), code)
+            }
             None => {
-                eprintln!(
-                    "fuse-secrets: no agent serves {}; `fuse-secrets mounts` lists what is served",
-                    path.display()
-                );
+                exit::complain(&unknown(&full, &list().await.0));
                 ExitCode::from(exit::FAILED)
             }
-        },
-        (None, true) => exit::printed(out.write_all(metrics.as_bytes()), failed),
-        (None, false) => exit::printed(print_mounts(&mut out, &mounts, options.output, now), failed),
+        };
     }
+    let (mounts, code) = list().await;
+    let printed = print_mounts(&mut io::stdout().lock(), &mounts, options.output, now);
+    // A dead mount, another user's, or that of an agent that hangs.
+    let served = |point: &PathBuf| mounts.iter().any(|mount| Path::new(&mount.path) == point);
+    let strange: Vec<_> = points().unwrap_or_default().into_iter().filter(|point| !served(point)).collect();
+    if !strange.is_empty() {
+        exit::complain(&format!("no agent that you may ask serves the {}", several(&strange)));
+    }
+    exit::printed(printed, code)
 }
 
-/// The path as the agent knows it: absolute, its parent without links. The directory itself is not touched.
-fn full(path: &Path) -> String {
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let full = match (parent.canonicalize(), path.file_name()) {
-        (Ok(parent), Some(name)) => parent.join(name),
-        _ => path.to_owned(),
+/// Asks all agents; those that do not answer are named, and make the command fail.
+async fn ask(question: &Question, mut take: impl FnMut(&Path, Reply)) -> u8 {
+    let mut code = exit::OK;
+    for (socket, answer) in ask_all(question).await {
+        let why = match answer {
+            Ok(Reply::Refused(why)) => why,
+            Err(error) => error.to_string(),
+            Ok(reply) => {
+                take(&socket, reply);
+                continue;
+            }
+        };
+        exit::complain(&harmless(&format!("an agent did not answer: {}: {why}", socket.display())));
+        code = exit::FAILED;
+    }
+    code
+}
+
+async fn list() -> (Vec<MountStatus>, u8) {
+    let mut mounts = Vec::new();
+    let take = |_: &Path, reply| {
+        if let Reply::Mounts(more) = reply {
+            mounts.extend(more);
+        }
     };
-    full.display().to_string()
+    let code = ask(&Question::Mounts, take).await;
+    mounts.sort_by(|a: &MountStatus, b| a.path.cmp(&b.path));
+    (mounts, code)
+}
+
+/// The process number that a socket's name carries.
+fn agent(socket: &Path) -> String {
+    let name = socket.file_stem().unwrap_or_default().to_string_lossy();
+    harmless(name.strip_prefix("agent-").unwrap_or(&name))
+}
+
+/// Mount points in a line, not too many.
+fn several(points: &[PathBuf]) -> String {
+    const SHOWN: usize = 5;
+    let names: Vec<_> = points.iter().take(SHOWN).map(|point| point.display().to_string()).collect();
+    let more = points.len().saturating_sub(SHOWN);
+    let noun = if points.len() == 1 { "mount" } else { "mounts" };
+    let rest = if more > 0 { format!(" and {more} more") } else { String::new() };
+    harmless(&format!("{noun} of fuse-secrets at {}{rest}", names.join(", ")))
+}
+
+/// What to say of a path that nobody serves.
+fn unknown(path: &Path, mounts: &[MountStatus]) -> String {
+    let shown = path.display();
+    let hint = if points().unwrap_or_default().iter().any(|point| point == path) {
+        "something is mounted there, but its agent is gone, hangs, or is another user's".to_owned()
+    } else if let Some(mount) = mounts.iter().find(|mount| path.starts_with(&mount.path)) {
+        format!("it lies in the mount {}", mount.path)
+    } else {
+        let text = path.display().to_string();
+        let near = |mount: &&MountStatus| {
+            let (a, b) = (Path::new(&mount.path).file_name(), path.file_name());
+            strsim::levenshtein(&mount.path, &text) <= 3 || a.is_some() && a == b
+        };
+        match mounts.iter().find(near) {
+            Some(mount) => format!("did you mean {}?", mount.path),
+            None => "`fuse-secrets mounts` lists what is served".to_owned(),
+        }
+    };
+    harmless(&format!("no agent serves {shown}; {hint}"))
+}
+
+/// The counters of several agents as one text, each sample with its agent's process number.
+fn labelled(texts: &[(String, String)]) -> String {
+    let mut metrics: Vec<(&str, String)> = Vec::new();
+    for (agent, text) in texts {
+        for line in text.lines() {
+            let (comment, rest) = line
+                .strip_prefix("# HELP ")
+                .or(line.strip_prefix("# TYPE "))
+                .map_or((false, line), |rest| (true, rest));
+            let Some((name, value)) = rest.split_once(' ') else { continue };
+            let at = metrics.iter().position(|(known, _)| *known == name).unwrap_or_else(|| {
+                metrics.push((name, String::new()));
+                metrics.len() - 1
+            });
+            let block = &mut metrics[at].1;
+            if !comment {
+                block.push_str(&format!("{name}{{agent=\"{agent}\"}} {value}\n"));
+            } else if !block.contains(line) {
+                block.push_str(line);
+                block.push('\n');
+            }
+        }
+    }
+    metrics.into_iter().map(|(_, block)| block).collect()
 }
 
 fn print_mounts(
@@ -181,7 +275,8 @@ fn print_mounts(
     let count = |state: &str| mounts.iter().filter(|mount| mount.state == state).count();
     let (stale, gone) = (count("stale"), count("gone"));
     if mounts.len() > 1 || stale + gone > 0 {
-        writeln!(out, "{} mounts, {stale} stale, {gone} gone", mounts.len())?;
+        let noun = if mounts.len() == 1 { "mount" } else { "mounts" };
+        writeln!(out, "{} {noun}, {stale} stale, {gone} gone", mounts.len())?;
     }
     Ok(())
 }
@@ -196,6 +291,7 @@ fn print_detail(
         serde_json::to_writer_pretty(&mut *out, detail)?;
         return writeln!(out);
     }
+    let wide = output == Output::Wide;
     let mount = &detail.mount;
     let since = mount.stale_since.as_deref().map(|since| format!(", since {} ago", ago(since, now)));
     let mut lines = vec![
@@ -215,18 +311,25 @@ fn print_detail(
     if let Some(refreshed) = &mount.refreshed {
         lines.push(("refreshed", format!("{} ago", ago(refreshed, now))));
     }
-    if let Some(error) = &mount.last_error {
-        lines.push(("last error", error.clone()));
-    }
     for (name, text) in lines {
-        writeln!(out, "{name:<12}{text}")?;
+        writeln!(out, "{name:<NAME_COLUMNS$}{}", harmless(&text))?;
+    }
+    let error = harmless(mount.last_error.as_deref().unwrap_or_default());
+    let room = if wide { usize::MAX } else { COLUMNS - NAME_COLUMNS };
+    for (index, line) in wrap(&error, room).iter().enumerate() {
+        let name = if index == 0 { "last error" } else { "" };
+        writeln!(out, "{name:<NAME_COLUMNS$}{line}")?;
     }
     writeln!(out)?;
     let mut table = Table::new(&["FILE", "VERSION", "SIZE", "MODE", "MODIFIED", "EXPIRES", "SOURCE"]);
     for file in &detail.files {
-        table.row(row(file, now));
+        let mut row = row(file, now);
+        if !wide {
+            row[0] = shorten(&row[0], FILE_COLUMNS);
+        }
+        table.row(row);
     }
-    table.print(out, if output == Output::Wide { usize::MAX } else { COLUMNS })
+    table.print(out, if wide { usize::MAX } else { COLUMNS })
 }
 
 fn row(file: &FileStatus, now: SystemTime) -> Vec<String> {
@@ -255,7 +358,7 @@ impl Table {
     }
 
     fn row(&mut self, cells: Vec<String>) {
-        self.rows.push(cells);
+        self.rows.push(cells.iter().map(|cell| harmless(cell)).collect());
     }
 
     fn print(&self, out: &mut impl Write, columns: usize) -> io::Result<()> {

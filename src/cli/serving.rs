@@ -16,40 +16,80 @@ pub(super) enum DirectoryError {
     #[error(
         "{0} is a mount of fuse-secrets already; `fuse-secrets mounts` shows whose, unmount it or name another directory"
     )]
-    Served(PathBuf),
+    Served(String),
     /// It is something else's mount point.
     #[error("{0} is a mount point of another file system; name another directory")]
-    Foreign(PathBuf),
+    Foreign(String),
     /// It cannot be used.
-    #[error("cannot mount on {path}: {error}; name a directory that exists")]
+    #[error("cannot mount on {path}: {error}; {remedy}")]
     Unusable {
         /// The directory.
-        path: PathBuf,
+        path: String,
         /// Why.
-        #[source]
         error: io::Error,
+        /// What to do.
+        remedy: &'static str,
     },
 }
 
 /// Makes sure that a directory can be mounted on: a dead mount that an earlier run left is taken away first. Returns the path
 /// in full, without links.
 pub(super) fn prepare(path: &Path) -> Result<PathBuf, DirectoryError> {
-    let unusable = |error| DirectoryError::Unusable { path: path.to_owned(), error };
-    // The parent is resolved, not the directory itself: that may be a dead mount, which must not be touched.
-    let name = path.file_name().ok_or_else(|| unusable(io::ErrorKind::InvalidInput.into()))?;
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let full = parent.canonicalize().map_err(unusable)?.join(name);
+    let unusable = |error| DirectoryError::Unusable {
+        path: path.display().to_string(),
+        error,
+        remedy: "name a directory that exists",
+    };
+    let full = locate(path).map_err(unusable)?;
     match occupant(&full).map_err(unusable)? {
         Occupant::Nobody => {}
         Occupant::Dead => {
             tracing::info!(path = %full.display(), "taking away a dead mount of an earlier run");
-            detach_dead(&full).map_err(unusable)?;
+            detach_dead(&full).map_err(|error| DirectoryError::Unusable {
+                path: full.display().to_string(),
+                error,
+                remedy: "a dead mount of another user is there: unmount it, or name another directory",
+            })?;
         }
-        Occupant::Alive => return Err(DirectoryError::Served(full)),
-        Occupant::Foreign => return Err(DirectoryError::Foreign(full)),
+        Occupant::Alive => return Err(DirectoryError::Served(full.display().to_string())),
+        Occupant::Foreign => return Err(DirectoryError::Foreign(full.display().to_string())),
     }
-    let full = full.canonicalize().map_err(unusable)?;
-    if full.is_dir() { Ok(full) } else { Err(unusable(io::ErrorKind::NotADirectory.into())) }
+    let found = std::fs::metadata(&full).map_err(unusable)?;
+    if found.is_dir() { Ok(full) } else { Err(unusable(io::ErrorKind::NotADirectory.into())) }
+}
+
+/// Makes a directory, and those above it, if nothing is there. One that is there is left alone: it may be a dead mount.
+pub(super) fn make(directory: &Path) -> Result<(), DirectoryError> {
+    match std::fs::create_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => std::fs::create_dir_all(directory),
+        other => other,
+    }
+    .map_err(|error| DirectoryError::Unusable {
+        path: directory.display().to_string(),
+        error,
+        remedy: "it cannot be made: name a directory that you may write to",
+    })
+}
+
+/// The path in full, without links, as mountinfo names it. What is mounted there is not touched: it may be dead, or hang.
+pub(super) fn locate(path: &Path) -> io::Result<PathBuf> {
+    /// As many links as the kernel follows.
+    const LINKS: usize = 40;
+    let mut path = path.to_owned();
+    for _ in 0..LINKS {
+        // No name: the root, the working directory, or one above.
+        let Some(name) = path.file_name() else { return path.canonicalize() };
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let parent = parent.canonicalize()?;
+        let full = parent.join(name);
+        match std::fs::read_link(&full) {
+            Ok(target) => path = parent.join(target),
+            // Not a link, or nothing.
+            Err(_) => return Ok(full),
+        }
+    }
+    Err(io::ErrorKind::InvalidInput.into())
 }
 
 /// Whether other users may see a mount, if nobody said: root's mounts are for all, as the modes say; an ordinary user's only

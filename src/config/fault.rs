@@ -37,6 +37,13 @@ impl Faults {
     pub fn iter(&self) -> impl ExactSizeIterator<Item = &Fault> {
         self.0.iter()
     }
+
+    /// These, and then those.
+    #[must_use]
+    pub(crate) fn and(mut self, more: Self) -> Self {
+        self.0.extend(more.0);
+        self
+    }
 }
 
 impl fmt::Display for Faults {

@@ -178,6 +178,15 @@ impl Layer {
         variables: impl IntoIterator<Item = (OsString, OsString)>,
     ) -> Result<Self, Faults> {
         let sink = Sink::new(Source::Environment.document());
+        let layer = Self::read_environment(variables, &sink);
+        sink.finish(Some(layer))
+    }
+
+    /// The same; what is wrong is left out.
+    pub(super) fn read_environment(
+        variables: impl IntoIterator<Item = (OsString, OsString)>,
+        sink: &Sink,
+    ) -> Self {
         let mut layer = Self::default();
         for (variable, value) in variables {
             let variable = variable.to_string_lossy().into_owned();
@@ -195,7 +204,7 @@ impl Layer {
                 }
             }
         }
-        sink.finish(Some(layer))
+        layer
     }
 
     /// Reads a configuration file's text: one YAML mapping of settings.
@@ -204,17 +213,23 @@ impl Layer {
     /// Every unknown key and every value that is neither text, number nor switch (`address` may be a list).
     pub fn from_yaml(text: &str) -> Result<Self, Faults> {
         let sink = Sink::new(Source::File.document());
+        let layer = Self::read_yaml(text, &sink);
+        sink.finish(Some(layer))
+    }
+
+    /// The same; what is wrong is left out.
+    pub(super) fn read_yaml(text: &str, sink: &Sink) -> Self {
         let mut layer = Self::default();
-        let Some(mut documents) = sink.take("", yaml::documents(text)) else { return sink.finish(None) };
+        let Some(mut documents) = sink.take("", yaml::documents(text)) else { return layer };
         let map = match (documents.pop(), documents.is_empty()) {
-            (None, _) => return sink.finish(Some(layer)),
+            (None, _) => return layer,
             (Some(Value::Object(map)), true) => map,
             _ => {
                 sink.add(
                     "",
                     broken("is not one mapping of settings", "write one document of lines like maxAge: 5m"),
                 );
-                return sink.finish(None);
+                return layer;
             }
         };
         for (key, value) in map {
@@ -241,7 +256,7 @@ impl Layer {
                 }
             };
         }
-        sink.finish(Some(layer))
+        layer
     }
 }
 

@@ -70,6 +70,10 @@ impl Fields {
         serde_json::from_slice(body).map(Self).map_err(broken)
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     pub(super) fn raw(&self, name: &str) -> Option<&Value> {
         self.0.get(name).filter(|value| !value.is_null())
     }

@@ -50,8 +50,8 @@ impl Engine {
 }
 
 /// A JSON object as text with sorted keys, as the real server returns it; numbers keep their digits.
-fn canonical(object: &str) -> Option<SecretBytes> {
-    let members: BTreeMap<String, &RawValue> = serde_json::from_str(object).ok()?;
+fn canonical(object: &[u8]) -> Option<SecretBytes> {
+    let members: BTreeMap<String, &RawValue> = serde_json::from_slice(object).ok()?;
     serde_json::to_vec(&members).ok().map(SecretBytes::new)
 }
 

@@ -6,10 +6,12 @@
 //! ```text
 //!            a generation with other bytes comes
 //!   Settled ─────────────────────────────────────▶ Lagging
-//!      ▲                                              │  looked at, and nobody opened it for QUIET,
-//!      └──────────────────────────────────────────────┘  or it has lagged for LATEST, or what it shows is gone
+//!      ▲                                              │  looked at, the kernel has acknowledged the new generation, and
+//!      │                                              │  nobody opened it for QUIET; or it has lagged for LATEST, or what
+//!      └──────────────────────────────────────────────┘  it shows is gone
 //! ```
-//! While it lags, opens pin the older generation (they see one version, whole), and attributes are not to be cached.
+//! While it lags, opens pin the older generation (they see one version, whole), and attributes are not to be cached. Without
+//! the acknowledgement an open could pin the new bytes while the kernel still answers `fstat` with the old size.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -31,20 +33,33 @@ struct State {
     lagging: Option<Moment>,
 }
 
+/// A look at a live file.
+#[derive(Clone, Copy)]
+pub struct Look {
+    /// Which file of the spec.
+    pub index: usize,
+    /// When.
+    pub now: Moment,
+    /// Whether to open it.
+    pub opening: bool,
+    /// Whether the kernel has given up what it believed before the newest generation.
+    pub acknowledged: bool,
+}
+
 /// Which generation one live file shows.
 #[derive(Default)]
 pub struct Shown(Mutex<State>);
 
 impl Shown {
-    /// Applies the rule for file `index`: the generation to show, and whether its bytes are others than before.
+    /// Applies the rule: the generation to show, and whether its bytes are others than before.
+    #[must_use]
     pub fn decide(
         &self,
-        index: usize,
+        look: Look,
         current: &Arc<Generation>,
         kept: &Generations,
-        now: Moment,
-        opening: bool,
     ) -> (Arc<Generation>, bool) {
+        let Look { index, now, opening, acknowledged } = look;
         let mut state = self.state();
         let last_open = state.last_open;
         if opening {
@@ -60,7 +75,7 @@ impl Shown {
         if let (Some(shown), false) = (shown, same_bytes) {
             let lagging = *state.lagging.get_or_insert(now);
             let quiet = last_open.is_none_or(|open| now.since(open) >= QUIET);
-            if !quiet && now.since(lagging) < LATEST {
+            if !(quiet && acknowledged) && now.since(lagging) < LATEST {
                 return (shown, false);
             }
         }

@@ -361,13 +361,45 @@ fn changes_are_announced_with_the_inodes_and_names_they_touch() {
     fixture.fs.notify_through(Arc::clone(&heard) as Arc<dyn Notify>);
     fixture.install(&[Some("1"), Some("1")]);
     let b = fixture.find("b").unwrap().inode;
+    let changed = |generation| Notice::Changed { generation, inodes: vec![b, Inode::DATA, Inode::ROOT] };
     heard.0.lock().unwrap().clear();
     fixture.install(&[Some("1"), Some("2")]);
-    assert_eq!(*heard.0.lock().unwrap(), [Notice::Changed(vec![b, Inode::DATA, Inode::ROOT])]);
+    assert_eq!(*heard.0.lock().unwrap(), [changed(2)]);
     heard.0.lock().unwrap().clear();
     fixture.install(&[Some("1"), Some("3")]);
     let gone = Notice::Removed("..1".into());
-    assert_eq!(*heard.0.lock().unwrap(), [Notice::Changed(vec![b, Inode::DATA, Inode::ROOT]), gone]);
+    assert_eq!(*heard.0.lock().unwrap(), [changed(3), gone]);
+}
+
+#[test]
+fn new_bytes_are_shown_only_when_the_kernel_has_given_up_the_old_size() {
+    struct Kernel;
+    impl Notify for Kernel {
+        fn notify(&self, _: &Notice) {}
+    }
+    let mut fixture = Fixture::new(&["a"]);
+    fixture.fs.notify_through(Arc::new(Kernel));
+    fixture.install(&[Some("old")]);
+    assert_eq!(fixture.cat("a"), "old");
+    fixture.wait(500);
+    fixture.install(&[Some("longer")]);
+    assert_eq!(fixture.cat("a"), "old", "fstat may still be answered from the kernel's memory");
+    fixture.wait(500);
+    let settled = Arc::new(Mutex::new(false));
+    let tell = Arc::clone(&settled);
+    fixture.fs.when_settled(Box::new(move || *tell.lock().unwrap() = true));
+    assert!(!*settled.lock().unwrap());
+    fixture.fs.acknowledge(2);
+    assert!(*settled.lock().unwrap(), "an open that waits for the new value goes on now");
+    assert_eq!(fixture.cat("a"), "longer");
+    fixture.install(&[Some("third")]);
+    assert_eq!(fixture.cat("a"), "longer");
+    fixture.wait(1_000);
+    assert_eq!(
+        fixture.cat("a"),
+        "third",
+        "a kernel that does not answer delays a change by a second at most"
+    );
 }
 
 /// One step of the model test.

@@ -275,6 +275,16 @@ pub fn occupant(path: &Path) -> io::Result<Occupant> {
     }
 }
 
+/// All mount points of file systems of this kind that this process sees, dead ones too; none is touched.
+///
+/// # Errors
+/// /proc/self/mountinfo cannot be read.
+pub fn points() -> io::Result<Vec<PathBuf>> {
+    let table = std::fs::read("/proc/self/mountinfo")?;
+    let mounts = table.split(|byte| *byte == b'\n').filter_map(mount_of);
+    Ok(mounts.filter(|(_, kind)| *kind == format!("fuse.{NAME}")).map(|(point, _)| point).collect())
+}
+
 /// Mount point and file system of a line of mountinfo, see proc_pid_mountinfo(5).
 fn mount_of(line: &[u8]) -> Option<(PathBuf, String)> {
     let mut fields = line.split(|byte| *byte == b' ');

@@ -54,7 +54,14 @@ enum Item {
 struct Pending {
     wire: Weak<Wire>,
     fs: Weak<Fs>,
-    items: Mutex<HashSet<Item>>,
+    waiting: Mutex<Waiting>,
+}
+
+#[derive(Default)]
+struct Waiting {
+    items: HashSet<Item>,
+    /// The newest generation of which all these together tell.
+    generation: u32,
 }
 
 /// Sessions with notices that wait, each at most once.
@@ -85,7 +92,8 @@ impl Invalidator {
     /// The way for one session's notices.
     #[must_use]
     pub fn attach(&self, wire: &Arc<Wire>, fs: &Arc<Fs>) -> Invalidations {
-        let pending = Pending { wire: Arc::downgrade(wire), fs: Arc::downgrade(fs), items: Mutex::default() };
+        let pending =
+            Pending { wire: Arc::downgrade(wire), fs: Arc::downgrade(fs), waiting: Mutex::default() };
         Invalidations { queue: Arc::clone(&self.queue), pending: Arc::new(pending) }
     }
 }
@@ -109,14 +117,15 @@ pub struct Invalidations {
 impl Invalidations {
     /// A page of this inode was filled with secret bytes: it is to be thrown away.
     pub fn page_filled(&self, inode: Inode) {
-        self.push([Item::Inode(inode)]);
+        self.push([Item::Inode(inode)], 0);
     }
 
-    fn push(&self, new: impl IntoIterator<Item = Item>) {
-        let mut items = self.pending.items.lock().unwrap_or_else(PoisonError::into_inner);
-        let was_empty = items.is_empty();
-        items.extend(new);
-        if was_empty && !items.is_empty() {
+    fn push(&self, new: impl IntoIterator<Item = Item>, generation: u32) {
+        let mut waiting = self.pending.lock();
+        let was_empty = waiting.items.is_empty();
+        waiting.items.extend(new);
+        waiting.generation = waiting.generation.max(generation);
+        if was_empty && !waiting.items.is_empty() {
             self.queue.lock().push_back(Arc::clone(&self.pending));
             self.queue.wake.notify_one();
         }
@@ -126,9 +135,17 @@ impl Invalidations {
 impl Notify for Invalidations {
     fn notify(&self, notice: &Notice) {
         match notice {
-            Notice::Changed(inodes) => self.push(inodes.iter().copied().map(Item::Inode)),
-            Notice::Removed(name) => self.push([Item::Name(name.clone())]),
+            Notice::Changed { generation, inodes } => {
+                self.push(inodes.iter().copied().map(Item::Inode), *generation);
+            }
+            Notice::Removed(name) => self.push([Item::Name(name.clone())], 0),
         }
+    }
+}
+
+impl Pending {
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -153,7 +170,7 @@ impl Queue {
     fn run(&self) {
         while let Some(session) = self.next() {
             // Taken out before they are sent: a page that is filled from now on is told of again.
-            let items = std::mem::take(&mut *session.items.lock().unwrap_or_else(PoisonError::into_inner));
+            let Waiting { items, generation } = std::mem::take(&mut *session.lock());
             // A session or volume that is gone has nobody left to be told.
             let (Some(wire), Some(fs)) = (session.wire.upgrade(), session.fs.upgrade()) else { continue };
             for item in &items {
@@ -162,6 +179,7 @@ impl Queue {
                     tracing::warn!(%error, volume = %fs.volume().id().0, "an invalidation was not taken");
                 }
             }
+            fs.acknowledge(generation);
         }
     }
 }

@@ -15,8 +15,8 @@ pub(crate) fn root() -> &'static Path {
 
 /// The directory of one tool in one version.
 pub(crate) fn directory(name: &str, version: &str) -> PathBuf {
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
-    target.join("tools").join(format!("{name}-{version}"))
+    let target = std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into());
+    root().join(target).join("tools").join(format!("{name}-{version}"))
 }
 
 /// cargo-deny; installed on first use.

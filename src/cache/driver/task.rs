@@ -1,7 +1,9 @@
 //! The task's half of [`super`]: everything here runs on one task, so nothing is locked.
 
+/// Requests at the store.
+mod requests;
+
 use std::collections::{BTreeMap, HashMap};
-use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -10,9 +12,10 @@ use serde_json::value::RawValue;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 
-use super::{Command, Done, Registration, Subscriber, shielded};
+use super::{Cache, Command, Done, Registration, Subscriber, shielded};
+use crate::cache::id::{EntryId, FlightId, HolderId, IdentityId, WantId};
 use crate::cache::identity::Terms;
-use crate::cache::machine::{Action, EntryId, Event, FlightId, HolderId, IdentityId, Machine, WantId};
+use crate::cache::machine::{Action, Event, Machine};
 use crate::cache::{CacheError, Limits, Slot, State, Value};
 use crate::metrics::Metrics;
 use crate::reference::{Freshness, Identity, Key};
@@ -21,11 +24,8 @@ use crate::secret::arena::Arena;
 use crate::store::{Answer, Credential, ErrorKind, Lease, Login, Store, StoreError};
 use crate::time::Moment;
 
-/// A store that does not keep its deadline is cut off this long after it.
-const OVERTIME: Duration = Duration::from_secs(1);
-/// For giving tokens back: how many at once, and how long each may take in all.
-const REVOCATIONS: usize = 8;
-const REVOCATION_PATIENCE: Duration = Duration::from_secs(10);
+/// No reader waits longer, whatever it says: it holds a request of the kernel.
+const LONGEST_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How a request ended.
 enum Ended {
@@ -88,6 +88,35 @@ pub(super) struct Task<S> {
     revocations: Arc<Semaphore>,
     bytes: usize,
     last_id: u64,
+    told: Told,
+}
+
+/// Bounds what the log hears of failing and recovering secrets: a store that goes away takes all of them along.
+#[derive(Default)]
+struct Told {
+    since: Option<Instant>,
+    lines: usize,
+}
+
+impl Told {
+    /// Lines per [`Self::WINDOW`].
+    const LINES: usize = 20;
+    const WINDOW: Duration = Duration::from_secs(10);
+
+    fn line(&mut self, tell: impl FnOnce()) {
+        let now = now().monotonic;
+        if self.since.is_none_or(|since| now.duration_since(since) >= Self::WINDOW) {
+            *self = Self { since: Some(now), lines: 0 };
+        }
+        self.lines += 1;
+        match self.lines.cmp(&(Self::LINES + 1)) {
+            std::cmp::Ordering::Less => tell(),
+            std::cmp::Ordering::Equal => {
+                tracing::warn!("more secrets fail or recover than are told one by one")
+            }
+            std::cmp::Ordering::Greater => {}
+        }
+    }
 }
 
 impl<S: Store> Task<S> {
@@ -104,9 +133,10 @@ impl<S: Store> Task<S> {
             holders: HashMap::new(),
             wants: HashMap::new(),
             requests: JoinSet::new(),
-            revocations: Arc::new(Semaphore::new(REVOCATIONS)),
+            revocations: Arc::new(Semaphore::new(requests::REVOCATIONS)),
             bytes: 0,
             last_id: 0,
+            told: Told::default(),
         }
     }
 
@@ -159,14 +189,7 @@ impl<S: Store> Task<S> {
     fn command(&mut self, command: Command) {
         match command {
             Command::Register { cache, keys, credential, freshness, subscriber, reply } => {
-                let admitted = self.register(keys, credential, freshness, subscriber);
-                let registration = admitted.map(|(holder, held, progress)| Registration {
-                    cache,
-                    holder,
-                    since: now().monotonic,
-                    held,
-                    progress,
-                });
+                let registration = self.register(cache, keys, credential, freshness, subscriber);
                 // If nobody waits for it any more, its drop takes it back.
                 let _ = reply.send(registration);
             }
@@ -178,24 +201,21 @@ impl<S: Store> Task<S> {
             Command::Want { holder, entries, patience, done } => {
                 let want = WantId(self.number());
                 self.wants.insert(want, done);
-                let until = now().monotonic + patience;
+                let until = now().monotonic + patience.min(LONGEST_PATIENCE);
                 self.feed(Event::Want { want, holder, entries, until }, Cargo::None);
             }
             Command::Stop { .. } => {}
         }
     }
 
-    #[allow(
-        clippy::type_complexity,
-        reason = "the three parts of a registration that the task knows, used once"
-    )]
     fn register(
         &mut self,
+        cache: Cache,
         keys: Vec<Key>,
         credential: Arc<Credential>,
         freshness: Freshness,
         subscriber: Arc<dyn Subscriber>,
-    ) -> Result<(HolderId, HashMap<Key, (EntryId, Arc<Slot>)>, watch::Receiver<()>), CacheError> {
+    ) -> Result<Registration, CacheError> {
         self.machine.admit(&keys)?;
         if self.bytes >= self.limits.bytes && keys.iter().any(|key| self.machine.entry(key).is_none()) {
             return Err(CacheError::Limit {
@@ -209,6 +229,7 @@ impl<S: Store> Task<S> {
         let holder = HolderId(self.number());
         let identity = Arc::clone(&keys[0].identity);
         let (progress, follow) = watch::channel(());
+        let since = now().monotonic;
         let event = Event::Register { holder, keys: keys.clone(), freshness };
         let actions = self.machine.on(event, now(), &mut self.rng);
         let Some(id) = self.machine.identity(&identity) else { return Err(CacheError::Stopped) };
@@ -233,7 +254,7 @@ impl<S: Store> Task<S> {
         if let Some(event) = changed {
             self.feed(event, Cargo::None);
         }
-        Ok((holder, held, follow))
+        Ok(Registration { cache, holder, since, held, progress: follow })
     }
 
     fn leave(&mut self, holder: HolderId) {
@@ -246,11 +267,12 @@ impl<S: Store> Task<S> {
     }
 
     /// Makes a credential its identity's newest. Returns what the machine must hear of it: nothing of the first, nor of one
-    /// that says the same.
+    /// that was there already.
     fn remember(&mut self, holder: HolderId, credential: Arc<Credential>) -> Option<Event> {
         let identity = self.holders.get(&holder)?.identity;
         let account = self.accounts.get_mut(&identity)?;
-        let changed = account.credentials.last().is_some_and(|(_, newest)| !is_same(newest, &credential));
+        let known = account.credentials.iter().any(|(_, known)| is_same(known, &credential));
+        let changed = !account.credentials.is_empty() && !known;
         let replaces_token = matches!(*credential, Credential::Token(_) | Credential::TokenFile(_));
         account.credentials.retain(|(other, _)| *other != holder);
         account.credentials.push((holder, credential));
@@ -348,6 +370,12 @@ impl<S: Store> Task<S> {
                     self.metrics.cache_refresh_failures.increment();
                     if let Some(slot) = self.slots.get(&entry) {
                         let moved = slot.state() != state;
+                        let begins = slot.report().failing_since.is_none();
+                        if let (true, Some(key)) = (begins, self.machine.key(entry)) {
+                            self.told.line(|| {
+                                tracing::warn!(secret = %key.request, %error, "cannot be read; goes on trying");
+                            });
+                        }
                         slot.fail(state, error, now());
                         self.tell(entry, &mut news, |news, key| {
                             if moved {
@@ -364,7 +392,8 @@ impl<S: Store> Task<S> {
                     self.age_to(entry, State::Empty);
                     self.slots.remove(&entry);
                 }
-                Action::Wake { want, waited, fresh } => self.wake(want, waited, fresh),
+                // What an open came to is counted where it is answered.
+                Action::Wake { want, .. } => drop(self.wants.remove(&want)),
             }
         }
         if let Cargo::Token { token, identity, ours: true } = cargo {
@@ -410,6 +439,10 @@ impl<S: Store> Task<S> {
             self.bytes += new.body.expose().len();
             self.bytes -= held.map_or(0, |held| held.body.expose().len());
         }
+        if let (Some(since), Some(key)) = (slot.report().failing_since, self.machine.key(entry)) {
+            let outage = Duration::from_secs(now().wall.duration_since(since).unwrap_or_default().as_secs());
+            self.told.line(|| tracing::info!(secret = %key.request, ?outage, "can be read again"));
+        }
         slot.publish(value.map(Arc::new), lease, now());
         self.tell(entry, news, |news, key| {
             if changed {
@@ -428,74 +461,6 @@ impl<S: Store> Task<S> {
         if slot.value().is_none() {
             self.bytes -= held;
         }
-    }
-
-    fn wake(&mut self, want: WantId, waited: bool, fresh: bool) {
-        if waited {
-            self.metrics.cache_misses.increment();
-        }
-        if !fresh {
-            self.metrics.cache_stale_serves.increment();
-        } else if !waited {
-            self.metrics.cache_hits.increment();
-        }
-        drop(self.wants.remove(&want));
-    }
-
-    fn log_in(&mut self, flight: FlightId, identity: IdentityId, deadline: Instant) {
-        let Some(account) = self.accounts.get(&identity) else { return };
-        let Some((_, credential)) = account.credentials.last() else { return };
-        let ours = makes_tokens(credential);
-        let (store, identity, credential) =
-            (Arc::clone(&self.store), Arc::clone(&account.identity), Arc::clone(credential));
-        self.requests.spawn(async move {
-            let result = in_time("login", deadline, store.login(&identity, &credential, deadline)).await;
-            Ended::LoggedIn { flight, identity, ours, result }
-        });
-    }
-
-    fn renew(&mut self, flight: FlightId, identity: IdentityId, deadline: Instant) {
-        let Some(account) = self.accounts.get(&identity) else { return };
-        let Some(token) = account.token.clone() else { return };
-        let (store, identity) = (Arc::clone(&self.store), Arc::clone(&account.identity));
-        self.requests.spawn(async move {
-            let result =
-                in_time("renewal of the token", deadline, store.renew(&identity, &token, deadline)).await;
-            Ended::Renewed(flight, result)
-        });
-    }
-
-    fn read(&mut self, flight: FlightId, identity: IdentityId, entry: EntryId, deadline: Instant) {
-        let Some(account) = self.accounts.get(&identity) else { return };
-        let (Some(token), Some(key)) = (account.token.clone(), self.machine.key(entry)) else { return };
-        let (store, key) = (Arc::clone(&self.store), Arc::clone(key));
-        self.requests.spawn(async move {
-            let read = store.read(&key.identity, &token, &key.request, deadline);
-            let result = in_time(&key.request.path, deadline, read).await;
-            Ended::Answered(flight, entry, result)
-        });
-    }
-
-    fn forget(&mut self, identity: IdentityId) {
-        let Some(Account { identity, token, ours, .. }) = self.accounts.remove(&identity) else { return };
-        if let (Some(token), true) = (token, ours) {
-            self.revoke(identity, token);
-        }
-    }
-
-    fn revoke(&mut self, identity: Arc<Identity>, token: Arc<Token>) {
-        let (store, turns) = (Arc::clone(&self.store), Arc::clone(&self.revocations));
-        let deadline = now().monotonic + REVOCATION_PATIENCE;
-        self.requests.spawn(async move {
-            let revocation = async {
-                let _turn = turns.acquire().await;
-                store.revoke(&identity, &token, deadline).await
-            };
-            if let Err(error) = in_time("revocation of the token", deadline, revocation).await {
-                tracing::warn!(%error, "a token was not given back; it ends by itself");
-            }
-            Ended::Revoked
-        });
     }
 
     fn number(&mut self) -> u64 {
@@ -520,24 +485,6 @@ fn parted(
     }
 }
 
-/// Cuts off a store that does not keep its deadline.
-async fn in_time<T>(
-    asked: &str,
-    deadline: Instant,
-    request: impl Future<Output = Result<T, StoreError>>,
-) -> Result<T, StoreError> {
-    match tokio::time::timeout_at((deadline + OVERTIME).into(), request).await {
-        Ok(result) => result,
-        Err(_) => Err(StoreError {
-            kind: ErrorKind::Deadline,
-            asked: asked.to_owned(),
-            answered: "no answer within the deadline".to_owned(),
-            remedy: None,
-            retry_after: None,
-        }),
-    }
-}
-
 /// Whether two answers carry the same secret: their `data` is compared, since each answer has a request id of its own.
 fn says_the_same(held: &[u8], new: &[u8]) -> bool {
     #[derive(serde::Deserialize)]
@@ -548,11 +495,6 @@ fn says_the_same(held: &[u8], new: &[u8]) -> bool {
     let data =
         |body| serde_json::from_slice::<Body<'_>>(body).ok().and_then(|body| body.data).map(RawValue::get);
     held == new || data(held).zip(data(new)).is_some_and(|(held, new)| held == new)
-}
-
-/// Whether a login with it makes a token that is ours to give back.
-fn makes_tokens(credential: &Credential) -> bool {
-    matches!(credential, Credential::Jwt(_) | Credential::JwtFile(_) | Credential::SecretIdFile(_))
 }
 
 fn is_same(a: &Credential, b: &Credential) -> bool {

@@ -106,7 +106,7 @@ impl Machine {
             self.proceed(id, under_way, now, rng);
             return None;
         };
-        under_way.stage = Stage::Sent { flight, token };
+        under_way.stage = Stage::Sent { token };
         let deadline = now + if under_way.wanted { WANTED_PATIENCE } else { BACKGROUND_PATIENCE };
         self.actions.push(Action::Read { flight, identity: entry.identity, entry: id, deadline });
         Some(deadline)
@@ -212,10 +212,7 @@ impl Machine {
         let Some(Job::Read(id)) = self.land(flight) else { return };
         let Some(entry) = self.entries.get_mut(&id) else { return };
         let Some(under_way) = entry.flight else { return };
-        let Stage::Sent { flight: expected, token } = under_way.stage else { return };
-        if expected != flight {
-            return;
-        }
+        let Stage::Sent { token } = under_way.stage else { return };
         match result {
             Ok(lease) => {
                 entry.answered(lease, now, rng);

@@ -326,6 +326,30 @@ fn an_outage_makes_values_stale_and_its_end_makes_them_fresh() {
     world.reads_come_back();
     world.pass(seconds(60));
     assert_eq!(world.state(&key), State::Fresh);
+    world.reads_go_down(ErrorKind::Unreachable);
+    let before = world.read_times.len();
+    world.pass(seconds(62));
+    let again = world.read_times.len() - before;
+    assert!(again >= 3, "a new outage is asked after from the shortest delay on: {again}");
+}
+
+#[test]
+fn a_read_that_somebody_waits_for_goes_before_queued_refreshes() {
+    let mut world = World::new(Limits { in_flight: 1, ..Limits::default() });
+    let identity = identity("a");
+    let keys: Vec<_> = (0..20).map(|n| key(&identity, &format!("path{n}"))).collect();
+    let holder = world.register(&keys, every(60));
+    world.pass(seconds(1));
+    world.reads_hang();
+    world.pass(seconds(60));
+    let busy = world.reads[0].1;
+    let entries: Vec<_> = keys.iter().filter_map(|key| world.machine.entry(key)).collect();
+    let last = *entries.iter().rev().find(|id| **id != busy).unwrap();
+    let key = (**world.machine.key(last).unwrap()).clone();
+    world.want(holder, &[key], seconds(2));
+    let (flight, _) = world.reads.remove(0);
+    world.on(Event::Answered { flight, result: Ok(Lease::default()) });
+    assert_eq!(world.read_times.last().unwrap().0, last);
 }
 
 #[test]
@@ -549,6 +573,19 @@ fn a_hanging_store_costs_only_the_first_readers_their_patience() {
     assert_eq!(world.woken[&first], (true, false));
     let second = world.want(holder, std::slice::from_ref(&key), seconds(2));
     assert_eq!(world.woken[&second], (false, false));
+}
+
+#[test]
+fn a_reader_without_patience_does_not_spoil_the_wait_of_another() {
+    let mut world = World::healthy();
+    let key = key(&identity("a"), "one");
+    let holder = world.register(std::slice::from_ref(&key), Freshness { max_age: seconds(1), ..every(60) });
+    world.pass(seconds(10));
+    world.reads_hang();
+    let hasty = world.want(holder, std::slice::from_ref(&key), Duration::ZERO);
+    assert_eq!(world.woken[&hasty], (true, false));
+    let patient = world.want(holder, std::slice::from_ref(&key), seconds(2));
+    assert!(!world.woken.contains_key(&patient));
 }
 
 #[test]
@@ -871,13 +908,16 @@ fn check(world: &World, limit: usize, wanted: &BTreeMap<WantId, Instant>) {
             "a reader waits beyond its deadline"
         );
     }
+    let sent: Vec<_> = machine.flights.values().map(|(_, job)| *job).collect();
     for (id, entry) in &machine.entries {
         let session = &machine.sessions[&entry.identity];
         match entry.flight.map(|flight| flight.stage) {
             None => assert!(entry.wake_at().is_some() && entry.waiters.is_empty()),
             Some(Stage::AwaitingLogin) => assert!(session.waiting.contains(id) && session.token().is_none()),
             Some(Stage::Queued(_)) => {}
-            Some(Stage::Sent { flight, .. }) => assert!(machine.flights.contains_key(&flight)),
+            Some(Stage::Sent { .. }) => {
+                assert!(sent.contains(&Job::Read(*id)), "a read whose end cannot come")
+            }
         }
     }
 }

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::cli::text::wrap;
+
 /// Widths in characters; with one blank between two columns they make 80.
 const WIDTHS: [usize; 4] = [15, 4, 23, 35];
 
@@ -17,38 +19,5 @@ pub(super) fn row(f: &mut fmt::Formatter<'_>, cells: [&str; 4]) -> fmt::Result {
         let line =
             cells.iter().zip(WIDTHS).map(|(cell, width)| format!("{:width$}", cell.as_deref().unwrap_or("")));
         writeln!(f, "{}", line.collect::<Vec<_>>().join(" ").trim_end())?;
-    }
-}
-
-/// Lines of at most `width` characters; a longer word is cut.
-fn wrap(text: &str, width: usize) -> Vec<String> {
-    let mut lines: Vec<String> = Vec::new();
-    for word in text.split_whitespace() {
-        let mut word: Vec<char> = word.chars().collect();
-        while !word.is_empty() {
-            let rest = word.split_off(word.len().min(width));
-            let piece: String = word.into_iter().collect();
-            match lines.last_mut() {
-                Some(line) if line.chars().count() + 1 + piece.chars().count() <= width => {
-                    line.push(' ');
-                    line.push_str(&piece);
-                }
-                _ => lines.push(piece),
-            }
-            word = rest;
-        }
-    }
-    lines
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn text_wraps_at_blanks_and_long_words_are_cut() {
-        assert_eq!(wrap("one two three", 7), ["one two", "three"]);
-        assert_eq!(wrap("abcdefghij k", 4), ["abcd", "efgh", "ij k"]);
-        assert_eq!(wrap("", 4), Vec::<String>::new());
     }
 }

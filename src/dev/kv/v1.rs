@@ -36,13 +36,14 @@ impl Store {
     }
 
     fn write(&mut self, path: &str, ask: &Ask) -> Outcome {
-        let text = std::str::from_utf8(ask.body.expose()).unwrap_or_default();
-        if text.trim().is_empty() {
-            return Err(Refusal::bad("missing data fields"));
+        let missing = || Refusal::bad("missing data fields");
+        if ask.body.is_empty() {
+            return Err(missing());
         }
-        let secret = canonical(text).ok_or_else(|| Refusal::internal("the body is not a JSON object"))?;
+        let secret = canonical(ask.body.expose());
+        let secret = secret.ok_or_else(|| Refusal::internal("the body is not a JSON object"))?;
         if secret.expose() == b"{}" {
-            return Err(Refusal::bad("missing data fields"));
+            return Err(missing());
         }
         if self.0.len() >= MAX_SECRETS && !self.0.contains_key(path) {
             return Err(Refusal::full("secrets in a mount", MAX_SECRETS));

@@ -132,7 +132,7 @@ impl Store {
         let write = parse(ask)?;
         let text = write.data.map(RawValue::get).ok_or_else(|| Refusal::bad("no data provided"))?;
         let wrong = || Refusal::bad("error converting input for field \"data\": expected a map");
-        let data = canonical(text).ok_or_else(wrong)?;
+        let data = canonical(text.as_bytes()).ok_or_else(wrong)?;
         self.append(name, data, write.options.and_then(|options| options.cas), ask.now)
     }
 
@@ -252,6 +252,9 @@ impl Store {
 
     fn set_metadata(&mut self, name: &str, ask: &Ask) -> Outcome {
         let fields = ask.fields()?;
+        if fields.is_empty() {
+            return Reply::no_content();
+        }
         if self.secrets.len() >= MAX_SECRETS && !self.secrets.contains_key(name) {
             return Err(Refusal::full("secrets in a mount", MAX_SECRETS));
         }
@@ -260,7 +263,6 @@ impl Store {
         if let Some(custom) = fields.raw("custom_metadata").and_then(Value::as_object) {
             secret.custom = Some(custom.clone());
         }
-        secret.updated = ask.now;
         Reply::no_content()
     }
 }

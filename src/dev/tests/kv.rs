@@ -211,3 +211,14 @@ async fn names_may_hold_any_character() {
     assert_eq!(listed["data"]["keys"], json!(["é +%?"]));
     assert_eq!(client.get("secret/data/%C3%A9%20+%25%3F").await.ok()["data"]["data"]["k"], "v");
 }
+
+#[tokio::test]
+async fn metadata_without_a_setting_makes_no_secret() {
+    let client = Client::start().await;
+    client.post("secret/metadata/app", json!({})).await.ok();
+    assert_eq!(client.get("secret/metadata/app").await.status, 404);
+    client.post("secret/metadata/app", json!({"cas_required": "true"})).await.ok();
+    let data = client.get("secret/metadata/app").await.ok()["data"].take();
+    assert_eq!((&data["current_version"], &data["cas_required"]), (&json!(0), &json!(true)));
+    assert_eq!(client.get("secret/data/app").await.json, json!({"errors": []}));
+}
