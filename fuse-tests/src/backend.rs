@@ -73,7 +73,7 @@ impl Backend {
         let root_token = format!("root-{:032x}", rand::random::<u128>());
         let mut backend = Self {
             kind: kind.clone(),
-            tls,
+            tls: tls && matches!(kind, Kind::Binary(_)),
             port,
             root_token,
             server: Server::Stopped,
@@ -152,8 +152,8 @@ impl Backend {
 
     /// The file with the CA of a server with TLS.
     #[must_use]
-    pub fn ca(&self) -> PathBuf {
-        self.directory.path().join("vault-ca.pem")
+    pub fn ca(&self) -> Option<PathBuf> {
+        self.tls.then(|| self.directory.path().join("vault-ca.pem"))
     }
 
     /// A token that may do everything.
@@ -248,7 +248,7 @@ impl Backend {
 
     /// Takes over the CA that a server with TLS wrote when it started.
     fn trust(&mut self) {
-        if let Some(pem) = std::fs::read(self.ca()).ok().filter(|_| self.tls)
+        if let Some(pem) = self.ca().and_then(|ca| std::fs::read(ca).ok())
             && let Ok(ca) = reqwest::Certificate::from_pem(&pem)
         {
             self.http = reqwest::Client::builder().add_root_certificate(ca).build().unwrap();

@@ -63,6 +63,9 @@ fn mount(backend: &Backend, class: &str, arguments: &[&str]) -> Result<Mount, (O
     Mount::start(&product::program(AGENT), &all)
 }
 
+/// Path, key, login, exit code, words of the message.
+type Refusal<'a> = (&'a str, Option<&'a str>, &'a [&'a str], i32, &'a [&'a str]);
+
 /// A row of `fuse-secrets mounts -o json`.
 fn row(mounted: &Mounted) -> Value {
     let output = product::run(&product::program(AGENT), &["mounts", "-o", "json"]);
@@ -219,7 +222,7 @@ fn a_refusal_says_what_to_change_and_leaves_nothing_mounted() {
         let (bad_token, bad_id) = (files.write("bad-token", "hvs.nope"), files.write("bad-id", "nope"));
         let root: &[&str] = &["--token-file", &token];
         let app: &[&str] = &["--role-id", "the-role", "--secret-id-file", &secret_id];
-        let cases: [(&str, Option<&str>, &[&str], i32, &[&str]); 8] = [
+        let cases: [Refusal; 8] = [
             ("secret/data/shop/none", Some("password"), root, 77, &["404", "secret/data/shop/none"]),
             ("secret/shop/db", Some("password"), root, 77, &["KV v2", "secret/data/shop/db"]),
             ("nothing/app", Some("password"), root, 77, &["nothing"]),
@@ -323,7 +326,7 @@ fn a_server_with_tls_is_trusted_by_its_ca_alone() {
         let token = files.write("token", backend.root_token());
         let class =
             files.write("class.yaml", &class("app", &[("password", "secret/data/app", Some("password"))]));
-        let ca = backend.ca().display().to_string();
+        let ca = backend.ca().unwrap().display().to_string();
         let mounted = mount(&backend, &class, &["--token-file", &token, "--ca", &ca]).unwrap();
         assert_eq!(mounted.mounted().text("password"), "sealed", "{store}");
         let Err((code, text)) = mount(&backend, &class, &["--token-file", &token]) else {
