@@ -42,6 +42,9 @@ use id::LIVE;
 use shown::{Look, Shown};
 use tree::{Node, NodeKind, Tree};
 
+/// Longest name in bytes, as `statfs(2)` tells it.
+pub const NAME_MAX: usize = 255;
+
 /// What an open wants to do with a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
@@ -140,8 +143,12 @@ impl Fs {
     /// Finds a name in a directory.
     ///
     /// # Errors
-    /// [`Error::NotFound`]; [`Error::NotDirectory`]; [`Error::Stale`]: the generation is no longer kept.
+    /// [`Error::NotFound`]; [`Error::NameTooLong`]; [`Error::NotDirectory`]; [`Error::Stale`]: the generation is no longer
+    /// kept.
     pub fn lookup(&self, parent: Inode, name: &[u8], now: Moment) -> Result<Attr, Error> {
+        if name.len() > NAME_MAX {
+            return Err(Error::NameTooLong);
+        }
         let name = std::str::from_utf8(name).map_err(|_| Error::NotFound)?;
         if parent == Inode::ROOT && name == Tree::DATA {
             return self.attr(Inode::DATA, now);

@@ -7,6 +7,7 @@ use std::process::{Child, ChildStdin, Command as Process, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
+use fuse_secrets::agent::runtime;
 use serde::{Deserialize, Serialize};
 use tempfile::NamedTempFile;
 
@@ -241,11 +242,13 @@ impl Drop for Agent {
     }
 }
 
-/// Waits for a child that was told to end; kills it if it does not.
+/// Waits for a child that was told to end; kills it if it does not. A child that ends by itself leaves no socket.
 pub(crate) fn end(child: &mut Child, name: &str) {
     let end = std::time::Instant::now() + wait::SOON;
     while std::time::Instant::now() < end {
         if !matches!(child.try_wait(), Ok(None)) {
+            let socket = runtime::directory().join(format!("agent-{}.sock", child.id()));
+            assert!(std::thread::panicking() || !socket.exists(), "{name} left {}", socket.display());
             return;
         }
         wait::pause(Duration::from_millis(5));

@@ -73,7 +73,7 @@ impl Backend {
         let root_token = format!("root-{:032x}", rand::random::<u128>());
         let mut backend = Self {
             kind: kind.clone(),
-            tls,
+            tls: tls && matches!(kind, Kind::Binary(_)),
             port,
             root_token,
             server: Server::Stopped,
@@ -144,10 +144,16 @@ impl Backend {
         format!("{}://127.0.0.1:{}", if self.tls { "https" } else { "http" }, self.port)
     }
 
+    /// Its port on this machine.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
     /// The file with the CA of a server with TLS.
     #[must_use]
-    pub fn ca(&self) -> PathBuf {
-        self.directory.path().join("vault-ca.pem")
+    pub fn ca(&self) -> Option<PathBuf> {
+        self.tls.then(|| self.directory.path().join("vault-ca.pem"))
     }
 
     /// A token that may do everything.
@@ -184,6 +190,19 @@ impl Backend {
     /// It is refused.
     pub fn put(&self, name: &str, data: &Value) {
         self.write(&format!("secret/data/{name}"), &json!({ "data": data }));
+    }
+
+    /// Writes a version into the embedded store past HTTP, whatever faults wait there.
+    ///
+    /// # Panics
+    /// It is another kind, or refuses.
+    pub fn put_beside(&self, name: &str, data: &Value) {
+        self.embedded().put(&format!("secret/{name}"), data).unwrap();
+    }
+
+    /// Runs a future on the runtime of the embedded store.
+    pub fn block_on<F: Future>(&self, future: F) -> F::Output {
+        self.runtime.block_on(future)
     }
 
     /// Any request with the root token: status and JSON.
@@ -229,7 +248,7 @@ impl Backend {
 
     /// Takes over the CA that a server with TLS wrote when it started.
     fn trust(&mut self) {
-        if let Some(pem) = std::fs::read(self.ca()).ok().filter(|_| self.tls)
+        if let Some(pem) = self.ca().and_then(|ca| std::fs::read(ca).ok())
             && let Ok(ca) = reqwest::Certificate::from_pem(&pem)
         {
             self.http = reqwest::Client::builder().add_root_certificate(ca).build().unwrap();

@@ -70,6 +70,51 @@ pub fn search(pid: u32, needles: &[(&str, &[u8])]) -> io::Result<Look> {
     Ok(look)
 }
 
+/// Connections that a process has to a port of this machine.
+///
+/// # Errors
+/// The process is gone, or may not be looked at.
+pub fn connections(pid: u32, port: u16) -> io::Result<usize> {
+    let mut sockets = Vec::new();
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
+        // A descriptor may close at any time.
+        let Ok(target) = std::fs::read_link(entry.path()) else { continue };
+        let target = target.to_string_lossy();
+        sockets.extend(
+            target.strip_prefix("socket:[").and_then(|rest| rest.strip_suffix(']')).map(str::to_owned),
+        );
+    }
+    let table = std::fs::read_to_string("/proc/net/tcp")?;
+    let suffix = format!(":{port:04X}");
+    let ours = table.lines().skip(1).filter(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        fields.get(2).is_some_and(|remote| remote.ends_with(&suffix))
+            && fields.get(9).is_some_and(|inode| sockets.iter().any(|socket| socket == inode))
+    });
+    Ok(ours.count())
+}
+
+/// Names of the files below /proc that name a process's arguments and environment and hold one of the needles.
+///
+/// # Errors
+/// /proc cannot be listed.
+pub fn search_arguments(needles: &[(&str, &[u8])]) -> io::Result<Vec<String>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc")?.flatten() {
+        if !entry.file_name().to_string_lossy().bytes().all(|byte| byte.is_ascii_digit()) {
+            continue;
+        }
+        for name in ["environ", "cmdline"] {
+            // A process may end at any time.
+            let Ok(bytes) = std::fs::read(entry.path().join(name)) else { continue };
+            let hits = needles.iter().filter(|(_, text)| positions(&bytes, text).next().is_some());
+            found
+                .extend(hits.map(|(needle, _)| format!("{needle} in {}", entry.path().join(name).display())));
+        }
+    }
+    Ok(found)
+}
+
 fn range(line: &str) -> Option<(u64, u64)> {
     let (start, end) = line.split_whitespace().next()?.split_once('-')?;
     Some((u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?))

@@ -53,7 +53,7 @@ fn sendfile_splice_and_a_copy_give_the_same_bytes() {
     assert!(std::fs::read(directory.path().join("copied")).unwrap() == expected);
     // The kernel copies between file systems of one kind only; programs fall back, as the copy above did.
     let target = File::create_new(directory.path().join("range")).unwrap();
-    let copied = rustix::fs::copy_file_range(&open(), None, &target, None, 100);
+    let copied = rustix::fs::copy_file_range(open(), None, &target, None, 100);
     assert!(matches!(copied, Ok(100) | Err(Errno::XDEV)), "{copied:?}");
 }
 

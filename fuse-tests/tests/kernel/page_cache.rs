@@ -43,7 +43,7 @@ fn read_all_ways(path: &Path, mut check: impl FnMut(&str)) {
         reader.read_exact(&mut bytes[..got]).unwrap();
     }
     check("splice");
-    let _ = rustix::fs::fadvise(&open(), 0, None, rustix::fs::Advice::WillNeed);
+    let _ = rustix::fs::fadvise(open(), 0, None, rustix::fs::Advice::WillNeed);
     check("readahead");
 }
 
