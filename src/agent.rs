@@ -207,7 +207,7 @@ impl Agent {
             let negotiated = handshake::negotiate(std::os::fd::AsFd::as_fd(&fuse));
             Ok::<_, MountError>((mount, fuse, negotiated))
         });
-        let (mount, fuse, negotiated) = attached.await.map_err(|error| ServeError::Serve(error.into()))??;
+        let (mount, fuse, negotiated) = attached.await.map_err(|_| ServeError::Serve(ended()))??;
         let started = negotiated.and_then(|negotiated| {
             tracing::debug!(minor = negotiated.minor, flags = negotiated.flags, "FUSE negotiated");
             Session::start(fuse, &fs, &self.pool, &self.invalidator, self.setup.threads)
@@ -280,4 +280,9 @@ impl Agent {
         }
         self.cache.stop(Instant::now() + DRAIN).await;
     }
+}
+
+/// In place of a task's own error, whose text would carry a panic's message.
+fn ended() -> io::Error {
+    io::Error::other("a thread of this program ended by a fault")
 }

@@ -24,7 +24,8 @@ fn one_mount_is_found_by_every_spelling_of_its_path() {
     let _mount = mounted(&world, &store, "mnt");
     std::os::unix::fs::symlink("/tmp", "/tmp/up").unwrap();
     std::os::unix::fs::symlink("/tmp/mnt", "/tmp/straight").unwrap();
-    for path in ["/tmp/mnt", "/tmp/mnt/", "mnt", "./mnt", "up/mnt", "/tmp/up/mnt/", "straight", "../tmp/mnt"] {
+    for path in ["/tmp/mnt", "/tmp/mnt/", "mnt", "./mnt", "up/mnt", "/tmp/up/mnt/", "straight", "../tmp/mnt"]
+    {
         let shown = run(world.program().args(["mounts", path]));
         assert_eq!(shown.code, 0, "{path}: {}", shown.err);
         for part in ["/tmp/mnt", "class       app", "fresh", "password", "0444", "secret/data/app#password"] {
@@ -122,7 +123,9 @@ fn another_user_gets_nothing_from_an_agents_socket() {
     assert!(refused.err.contains("Permission denied"), "{}", refused.err);
     // Even where somebody opened the doors: the peer's number is asked as well.
     run(world.command("chmod").args(["0777", &format!("/run/user/{NOBODY}"), &home, &socket]));
-    assert_eq!(asked(DAEMON).out, "0");
+    let answer = asked(DAEMON);
+    assert!(matches!(answer.out.as_str(), "" | "0"), "{} bytes", answer.out);
+    assert!(!answer.err.contains("Permission denied"), "it was asked: {}", answer.err);
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-use nix::mount::{MsFlags, mount};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use rustix::fs::{CWD, FileType, makedev, mknodat};
 
@@ -30,6 +30,10 @@ impl World {
         unshare(CloneFlags::CLONE_NEWNS).unwrap();
         let none = None::<&str>;
         mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+        // A copy of somebody else's mount would keep it alive here when its owner unmounts it.
+        for point in fuse_mounts() {
+            umount2(&point, MntFlags::MNT_DETACH).unwrap();
+        }
         // The program may lie below /tmp or where only root may look: bound first.
         mount(Some("none"), "/run", Some("tmpfs"), MsFlags::empty(), Some("mode=755")).unwrap();
         std::fs::create_dir_all(BIN).unwrap();
@@ -93,15 +97,18 @@ impl World {
         path
     }
 
-    /// Whether mountinfo has a mount of this product at a path. Touches nothing.
+    /// Whether there is a mount of FUSE at a path. Touches nothing.
     pub(crate) fn is_mounted(&self, path: impl AsRef<Path>) -> bool {
-        // Of this thread: /proc/self is the main thread's.
-        let table = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
-        let path = path.as_ref().display().to_string().replace(' ', "\\040");
-        table.lines().any(|line| {
-            line.split(' ').nth(4) == Some(path.as_str()) && line.contains(" - fuse.fuse-secrets ")
-        })
+        fuse_mounts().iter().any(|point| point == path.as_ref())
     }
+}
+
+/// Mount points of FUSE that this thread sees, the newest first.
+fn fuse_mounts() -> Vec<PathBuf> {
+    // /proc/self is the main thread's.
+    let table = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+    let points = table.lines().rev().filter(|line| line.contains(" - fuse"));
+    points.filter_map(|line| line.split(' ').nth(4)).map(|point| point.replace("\\040", " ").into()).collect()
 }
 
 /// The program of this build, built if it is not there.
