@@ -222,7 +222,7 @@ impl Agent {
             let negotiated = handshake::negotiate(std::os::fd::AsFd::as_fd(&fuse));
             Ok::<_, MountError>((mount, fuse, negotiated))
         });
-        let (mount, fuse, negotiated) = attached.await.map_err(|error| ServeError::Serve(error.into()))??;
+        let (mount, fuse, negotiated) = attached.await.map_err(|_| ServeError::Serve(ended()))??;
         let started = negotiated.and_then(|negotiated| {
             tracing::debug!(minor = negotiated.minor, flags = negotiated.flags, "FUSE negotiated");
             Session::start(fuse, &fs, &self.pool, &self.invalidator, self.setup.threads)
@@ -306,4 +306,9 @@ async fn tidy(mut moves: watch::Receiver<()>) {
         // An error means that the runtime ends.
         let _ = tokio::task::spawn_blocking(alloc::trim).await;
     }
+}
+
+/// In place of a task's own error, whose text would carry a panic's message.
+fn ended() -> io::Error {
+    io::Error::other("a thread of this program ended by a fault")
 }
