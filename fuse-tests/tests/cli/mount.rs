@@ -302,5 +302,9 @@ fn with_64_kib_of_locked_memory_small_volumes_work_and_a_large_one_is_refused_wi
     store.embedded().put("secret/large", &json!({ "password": "x".repeat(200_000) })).unwrap();
     let large =
         class(&world, "large", "{objectName: password, secretPath: secret/data/large, secretKey: password}");
-    refused(&mut little(&large), 75, &["raise RLIMIT_MEMLOCK", "of 65536 bytes in use", "200704 more wanted"]);
+    refused(
+        &mut little(&large),
+        75,
+        &["raise RLIMIT_MEMLOCK", "of 65536 bytes in use", "200704 more wanted"],
+    );
 }
