@@ -24,9 +24,10 @@ use tokio::sync::watch;
 
 use crate::cache::{Cache, Limits};
 use crate::fs::Fs;
+use crate::fuse::handshake;
 use crate::fuse::mount::{Mount, MountError, Options};
 use crate::fuse::notify::Invalidator;
-use crate::fuse::{handshake, session::Session};
+use crate::fuse::session::{End, Session};
 use crate::metrics::Metrics;
 use crate::reference::{VolumeId, VolumeSpec};
 use crate::secret::alloc;
@@ -128,9 +129,16 @@ impl Served {
         &self.mount
     }
 
-    /// Returns when it is unmounted, whoever did it, and its last file is closed.
-    pub async fn ended(&self) {
-        self.session.ended().await;
+    /// Returns when it is unmounted, whoever did it, and its last file is closed; or when it cannot be served any more, after
+    /// its dead mount was taken away.
+    pub async fn ended(&self) -> End {
+        let end = self.session.ended().await;
+        if end == End::Failed
+            && let Err(error) = self.mount.detach()
+        {
+            tracing::error!(path = %self.mount.path().display(), %error, "a dead mount stays");
+        }
+        end
     }
 }
 

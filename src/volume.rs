@@ -249,8 +249,8 @@ impl Volume {
                 Standing::Gone
             }
             _ if slot.is_young(self.spec.freshness.max_age, now) => Standing::Fresh,
-            State::Stale => Standing::LastKnown,
-            State::Fresh => Standing::Old,
+            _ if slot.is_failing() => Standing::LastKnown,
+            _ => Standing::Old,
         }
     }
 

@@ -117,6 +117,12 @@ impl Slot {
         matches!(self.state(), State::Fresh | State::Stale) && self.age(now).is_some_and(|age| age <= limit)
     }
 
+    /// Whether the last read failed, so that asking again at once is of little use.
+    #[must_use]
+    pub fn is_failing(&self) -> bool {
+        read(&self.report).failing_since.is_some()
+    }
+
     /// The held value; `None` while Empty or Gone.
     #[must_use]
     pub fn value(&self) -> Option<Arc<Value>> {

@@ -113,6 +113,7 @@ async fn serve(options: Options, panicked: &mut Panicked) -> Result<ExitCode, Fa
             introduce(&directory, &store, &header, interval).map_err(failed(exit::FAILED))?;
             match until_the_end(&served, &mut signals, panicked).await {
                 End::Panic => exit::SOFTWARE,
+                End::Failed => exit::FAILED,
                 End::Signal | End::Unmounted => exit::OK,
             }
         }

@@ -133,6 +133,7 @@ pub async fn run(options: Options, mut panicked: Panicked) -> ExitCode {
             notify(&[sd_notify::NotifyState::Ready]);
             match until_the_end(&served, &mut signals, &mut panicked).await {
                 End::Panic => ExitCode::from(exit::SOFTWARE),
+                End::Failed => ExitCode::from(exit::FAILED),
                 End::Signal | End::Unmounted => ExitCode::from(exit::OK),
             }
         }

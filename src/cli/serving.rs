@@ -8,6 +8,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use super::panics::Panicked;
 use crate::agent::Served;
 use crate::fuse::mount::{Occupant, detach_dead, occupant};
+use crate::fuse::session;
 
 /// A directory that cannot be used as a mount point.
 #[derive(Debug, thiserror::Error)]
@@ -107,6 +108,8 @@ pub(super) enum End {
     Signal,
     /// Somebody unmounted it.
     Unmounted,
+    /// It cannot be served any more.
+    Failed,
     /// A fault of this program.
     Panic,
 }
@@ -145,7 +148,10 @@ impl Signals {
 pub(super) async fn until_the_end(served: &Served, signals: &mut Signals, panicked: &mut Panicked) -> End {
     tokio::select! {
         () = signals.came() => End::Signal,
-        () = served.ended() => End::Unmounted,
+        end = served.ended() => match end {
+            session::End::Unmounted => End::Unmounted,
+            session::End::Failed => End::Failed,
+        },
         () = panicked.happened() => End::Panic,
     }
 }

@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::mpsc;
+use std::sync::{Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
 use rustix::fs::{CWD, Mode, OFlags};
@@ -73,6 +73,8 @@ pub enum MountError {
 pub struct Mount {
     path: PathBuf,
     by_helper: bool,
+    /// Whether it was not detached yet: the next mount on this path is not ours to take away.
+    attached: Mutex<bool>,
 }
 
 impl Mount {
@@ -84,14 +86,16 @@ impl Mount {
         match direct(path, options) {
             Err(MountError::Kernel { error, .. }) if error.raw_os_error() == Some(libc::EPERM) => {
                 let fuse = by_helper(path, options)?;
-                Ok((Self { path: path.to_owned(), by_helper: true }, fuse))
+                Ok((Self { path: path.to_owned(), by_helper: true, attached: Mutex::new(true) }, fuse))
             }
             // The device is the helper's to open, if it is not ours.
             Err(MountError::Device(error)) if error.kind() == io::ErrorKind::PermissionDenied => {
                 let fuse = by_helper(path, options)?;
-                Ok((Self { path: path.to_owned(), by_helper: true }, fuse))
+                Ok((Self { path: path.to_owned(), by_helper: true, attached: Mutex::new(true) }, fuse))
             }
-            other => Ok((Self { path: path.to_owned(), by_helper: false }, other?)),
+            other => {
+                Ok((Self { path: path.to_owned(), by_helper: false, attached: Mutex::new(true) }, other?))
+            }
         }
     }
 
@@ -101,13 +105,18 @@ impl Mount {
         &self.path
     }
 
-    /// Takes the mount away from its directory. Who still has a file open goes on reading until they close it, or this
-    /// process ends.
+    /// Takes the mount away from its directory, if that was not done before. Who still has a file open goes on reading until
+    /// they close it, or this process ends.
     ///
     /// # Errors
     /// As umount2(2), or what the helper said.
     pub fn detach(&self) -> io::Result<()> {
-        detach(&self.path, self.by_helper)
+        let mut attached = self.attached.lock().unwrap_or_else(PoisonError::into_inner);
+        if *attached {
+            detach(&self.path, self.by_helper)?;
+            *attached = false;
+        }
+        Ok(())
     }
 }
 

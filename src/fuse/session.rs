@@ -18,7 +18,16 @@ use crate::sys;
 
 /// A file system that answers on a descriptor. It ends when the file system is unmounted everywhere, or with the process.
 pub struct Session {
-    ended: tokio::sync::watch::Receiver<bool>,
+    ended: tokio::sync::watch::Receiver<Option<End>>,
+}
+
+/// How a session ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// Its file system was unmounted.
+    Unmounted,
+    /// It could not go on; its mount, if it is still there, is dead.
+    Failed,
 }
 
 impl Session {
@@ -38,31 +47,28 @@ impl Session {
         fs.notify_through(Arc::new(invalidations.clone()));
         let adapter = Adapter { fs: Arc::clone(fs), pool: Arc::clone(pool), invalidate: invalidations };
         let session = adopt(fuse, adapter, threads)?;
-        let (tell, ended) = tokio::sync::watch::channel(false);
+        let (tell, ended) = tokio::sync::watch::channel(None);
         let volume = fs.volume().id().0.clone();
         std::thread::Builder::new().name("fuse".to_owned()).stack_size(STACK).spawn(move || {
             // The clone of the descriptor lives as long as the session does.
             let _wire = wire;
-            match session.run() {
-                Ok(()) => tracing::debug!(volume, "file system unmounted"),
-                Err(error) => tracing::warn!(volume, %error, "file system session ended"),
-            }
-            let _ = tell.send(true);
+            let end = match session.run() {
+                Ok(()) => End::Unmounted,
+                Err(error) => {
+                    tracing::error!(volume, %error, "the file system cannot be served any more");
+                    End::Failed
+                }
+            };
+            tell.send_replace(Some(end));
         })?;
         Ok(Self { ended })
     }
 
-    /// Returns when the session has ended.
-    pub async fn ended(&self) {
+    /// Returns when the session has ended, and how.
+    pub async fn ended(&self) -> End {
         let mut ended = self.ended.clone();
-        // An error means that the sender is gone, which is the end as well.
-        let _ = ended.wait_for(|ended| *ended).await;
-    }
-
-    /// Whether the session has ended.
-    #[must_use]
-    pub fn has_ended(&self) -> bool {
-        *self.ended.borrow() || self.ended.has_changed().is_err()
+        // An error means that the thread ended without a word.
+        ended.wait_for(Option::is_some).await.map_or(End::Failed, |end| end.unwrap_or(End::Failed))
     }
 }
 

@@ -131,6 +131,20 @@ async fn a_store_that_does_not_answer_takes_nothing_away_without_a_grace() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_old_value_is_asked_for_unless_the_store_is_known_to_fail() {
+    let bench = Bench::new();
+    let volume = bench.volume(&[("password", "password")], Freshness::default());
+    bench.publish(&volume).await.unwrap();
+    bench.store.play(Scenario::Hanging);
+    pass(59).await;
+    assert_eq!(volume.standing(0, now()), Standing::Fresh);
+    pass(5).await;
+    assert_eq!(volume.standing(0, now()), Standing::Old, "a refresh is under way, and may bring it");
+    pass(60).await;
+    assert_eq!(volume.standing(0, now()), Standing::LastKnown);
+}
+
+#[tokio::test(start_paused = true)]
 async fn after_its_grace_a_volume_serves_nothing_until_the_store_answers() {
     let bench = Bench::new();
     bench.store.rotate("app", "one");
