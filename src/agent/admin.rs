@@ -48,7 +48,7 @@ pub enum Reply {
     /// To [`Question::Mounts`].
     Mounts(Vec<MountStatus>),
     /// To [`Question::Mount`]; `None`: this agent has no such mount.
-    Mount(Option<MountDetail>),
+    Mount(Option<Box<MountDetail>>),
     /// To [`Question::Metrics`].
     Metrics(String),
     /// The question was not understood.
@@ -168,7 +168,7 @@ async fn answer(stream: UnixStream, agent: &Agent) -> io::Result<()> {
     BufReader::new(reader.take(LONGEST_QUESTION)).read_line(&mut line).await?;
     let reply = match serde_json::from_str(&line) {
         Ok(Question::Mounts) => Reply::Mounts(status::mounts(agent)),
-        Ok(Question::Mount(path)) => Reply::Mount(status::detail(agent, &path)),
+        Ok(Question::Mount(path)) => Reply::Mount(status::detail(agent, &path).map(Box::new)),
         Ok(Question::Metrics) => Reply::Metrics(agent.metrics().render()),
         Err(_) => Reply::Refused("not a question of this version".to_owned()),
     };
