@@ -1,7 +1,7 @@
-//! Read 2: values with their freshness. One login per identity, one read per [`Key`], whoever asks and how often.
+//! Read 2: values with their freshness. One login per identity, one read per `Key`, whoever asks and how often.
 //!
-//! The rules live in a machine without I/O, [`machine::Machine`]: `(state, event, now, rng) → (state, actions)`.
-//! [`driver::Cache`] feeds it from tokio and does what it says; a simulation may do the same with invented time.
+//! The rules live in a machine without I/O, `machine::Machine`: `(state, event, now, rng) → (state, actions)`.
+//! `driver::Cache` feeds it from tokio and does what it says; a simulation may do the same with invented time.
 //!
 //! ```text
 //!            first answer            max_age passes, or a refresh fails
@@ -17,7 +17,7 @@
 //! - Whatever fails, the last known value is served: also when the store says 404 or 403. Deleting a secret or a permission
 //!   in the store must not break a pod that runs; to end that, set `stale_grace`. The grace begins when `max_age` has passed.
 //! - Volumes that share a value share its state: the shortest interval and max age, the longest grace of them. A volume with
-//!   a shorter grace compares [`Slot::age`] with its own.
+//!   a shorter grace compares `Slot::age` with its own.
 //! - A leased value (one with a lease id) is read again only ahead of its lease's end, whatever the interval: each read makes
 //!   another secret at the store. Its lease is its max age.
 
@@ -27,6 +27,8 @@ mod budget;
 pub mod driver;
 /// One value's states.
 mod entry;
+/// Numbers of entries, identities, requests, registrations and readers.
+pub mod id;
 /// One identity's login: absent, asked, held, being replaced, failed.
 pub mod identity;
 /// The sans-IO machine.

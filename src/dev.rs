@@ -12,13 +12,13 @@
 //! without namespaces ignores it too), and of a role's fields it knows policies, `ttl`, `max_ttl`, what is bound to whom, and
 //! ignores the rest, such as address ranges.
 //!
-//! Values rest as [`crate::secret::SecretBytes`], tokens as [`Token`]. On their way through JSON and HTTP there are copies,
+//! Values rest as [`crate::secret::SecretBytes`], tokens as [`crate::secret::Token`]. On their way through JSON and HTTP there are copies,
 //! which only the process allocator wipes.
 //!
 //! A request's way: `server` (HTTP, faults, counts) → `state` (seal, token, policy) → `sys`, `auth` or `kv`.
 //!
 //! # Faults
-//! In Rust through [`Embedded::inject`] and [`Embedded::hold`]; over HTTP by POST with a root token, all members optional:
+//! In Rust through `Embedded::inject` and `Embedded::hold`; over HTTP by POST with a root token, all members optional:
 //!
 //! | path below `/v1/sys/embedded/` | body | what happens |
 //! |---|---|---|
@@ -28,7 +28,7 @@
 //! | `hang` | `times` (all), `path` | … wait until `release`, and are then answered |
 //! | `release` | | lets go of what hangs and forgets faults that nobody met |
 //! | `seal`, `unseal` | | as `sys/seal` and `sys/unseal`, without a key |
-//! | `counts` (GET) | | answers [`Counts`] |
+//! | `counts` (GET) | | answers `Counts` |
 
 mod ask;
 mod auth;

@@ -1,4 +1,4 @@
-//! Read 4: a file system on a [`Volume`]: names, inodes, handles, attributes. No FUSE in it and no runtime, so that it is
+//! Read 4: a file system on a `Volume`: names, inodes, handles, attributes. No FUSE in it and no runtime, so that it is
 //! tested without a kernel; [`crate::fuse`] translates.
 //!
 //! ```text
@@ -11,10 +11,12 @@
 //!       └── nested/tls.crt
 //! ```
 //! A handle pins a generation: reads through it never mix two. `fstat` has no handle and follows the inode, so a live inode
-//! takes a new generation over only when that confuses nobody (the switch rule, [`shown`]).
+//! takes a new generation over only when that confuses nobody (the switch rule, `shown`).
 //!
-//! Nothing can be written: [`Error::ReadOnly`] is the answer to every attempt.
+//! Nothing can be written: `Error::ReadOnly` is the answer to every attempt.
 
+/// Who is told of changes, and which of them the kernel has taken note of.
+pub mod announce;
 /// Attributes: sizes, times, owner, group, mode.
 pub mod attr;
 /// What goes wrong, and its errno.
@@ -26,18 +28,22 @@ pub mod shown;
 /// The names of a volume.
 pub mod tree;
 
+pub use announce::{Notice, Notify};
 pub use attr::{Attr, Kind, Ttl};
 pub use error::Error;
 pub use id::{Handle, Inode};
 
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::Arc;
 
 use crate::time::Moment;
 use crate::volume::{Change, Generation, Listener, Standing, Volume};
+use announce::Announcements;
 use id::LIVE;
 use shown::{Look, Shown};
 use tree::{Node, NodeKind, Tree};
+
+/// Longest name in bytes, as `statfs(2)` tells it.
+pub const NAME_MAX: usize = 255;
 
 /// What an open wants to do with a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,37 +97,12 @@ pub struct Statistics {
     pub inodes: u64,
 }
 
-/// Something that the kernel, or an application's watcher, has to be told.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Notice {
-    /// A generation came, in which attributes and bytes of these inodes are others. Whoever keeps the kernel informed calls
-    /// [`Fs::acknowledge`] when it is.
-    Changed {
-        /// The generation.
-        generation: u32,
-        /// Live inodes.
-        inodes: Vec<Inode>,
-    },
-    /// This name in the root names nothing any more.
-    Removed(String),
-}
-
-/// Who passes notices on: the kernel's invalidator today, a poker of watchers later.
-pub trait Notify: Send + Sync {
-    /// Must not block: it is called by whoever changed the volume or by a handler.
-    fn notify(&self, notice: &Notice);
-}
-
 /// The file system of one volume.
 pub struct Fs {
     volume: Arc<Volume>,
     tree: Tree,
     shown: Vec<Shown>,
-    notify: RwLock<Vec<Arc<dyn Notify>>>,
-    /// The newest generation of which the kernel knows that older attributes are void.
-    acknowledged: AtomicU32,
-    /// Who waits for that.
-    settling: Mutex<Vec<Box<dyn FnOnce() + Send>>>,
+    announcements: Announcements,
 }
 
 impl Fs {
@@ -130,50 +111,27 @@ impl Fs {
     pub fn new(volume: Arc<Volume>) -> Arc<Self> {
         let tree = Tree::new(volume.spec().files.iter().map(|file| &file.path));
         let shown = volume.spec().files.iter().map(|_| Shown::default()).collect();
-        let fs = Arc::new(Self {
-            volume,
-            tree,
-            shown,
-            notify: RwLock::default(),
-            acknowledged: AtomicU32::new(0),
-            settling: Mutex::default(),
-        });
+        let fs = Arc::new(Self { volume, tree, shown, announcements: Announcements::default() });
         let listener: std::sync::Weak<dyn Listener> = Arc::downgrade(&(Arc::clone(&fs) as Arc<dyn Listener>));
         fs.volume.listen(listener);
         // No kernel knows of it yet: nothing has to be given up for what is there.
-        fs.acknowledge(fs.volume.generations().current().map_or(0, |current| current.number()));
+        fs.acknowledge(fs.newest());
         fs
     }
 
     /// Adds somebody who passes notices on.
     pub fn notify_through(&self, notify: Arc<dyn Notify>) {
-        self.notify.write().unwrap_or_else(PoisonError::into_inner).push(notify);
+        self.announcements.add(notify);
     }
 
     /// The kernel has given up what it believed before this generation: live inodes may show it now.
     pub fn acknowledge(&self, generation: u32) {
-        self.acknowledged.fetch_max(generation, Ordering::AcqRel);
-        if self.is_settled() {
-            let settled = std::mem::take(&mut *self.settling.lock().unwrap_or_else(PoisonError::into_inner));
-            settled.into_iter().for_each(|then| then());
-        }
+        self.announcements.acknowledge(generation, self.newest());
     }
 
     /// Calls `then` when the newest generation is acknowledged: at once, or by whoever acknowledges it.
     pub fn when_settled(&self, then: Box<dyn FnOnce() + Send>) {
-        let mut settling = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
-        // Looked at under the lock that `acknowledge` takes after its note: nobody is forgotten between the two.
-        if self.is_settled() {
-            drop(settling);
-            then();
-        } else {
-            settling.push(then);
-        }
-    }
-
-    fn is_settled(&self) -> bool {
-        let newest = self.volume.generations().current().map_or(0, |current| current.number());
-        self.acknowledged.load(Ordering::Acquire) >= newest
+        self.announcements.when_settled(self.newest(), then);
     }
 
     /// The volume it serves.
@@ -185,8 +143,12 @@ impl Fs {
     /// Finds a name in a directory.
     ///
     /// # Errors
-    /// [`Error::NotFound`]; [`Error::NotDirectory`]; [`Error::Stale`]: the generation is no longer kept.
+    /// [`Error::NotFound`]; [`Error::NameTooLong`]; [`Error::NotDirectory`]; [`Error::Stale`]: the generation is no longer
+    /// kept.
     pub fn lookup(&self, parent: Inode, name: &[u8], now: Moment) -> Result<Attr, Error> {
+        if name.len() > NAME_MAX {
+            return Err(Error::NameTooLong);
+        }
         let name = std::str::from_utf8(name).map_err(|_| Error::NotFound)?;
         if parent == Inode::ROOT && name == Tree::DATA {
             return self.attr(Inode::DATA, now);
@@ -416,7 +378,7 @@ impl Fs {
 
     /// Which generation a live file shows; announces it if that is another one from now on.
     fn show(&self, index: usize, current: &Arc<Generation>, now: Moment, opening: bool) -> Arc<Generation> {
-        let acknowledged = self.acknowledged.load(Ordering::Acquire) >= current.number();
+        let acknowledged = self.announcements.is_settled(current.number());
         let look = Look { index, now, opening, acknowledged };
         let (generation, switched) = self.shown[index].decide(look, current, self.volume.generations());
         if switched {
@@ -438,13 +400,12 @@ impl Fs {
         self.volume.generations().find(number).ok_or(Error::Stale)
     }
 
+    fn newest(&self) -> u32 {
+        self.volume.generations().current().map_or(0, |current| current.number())
+    }
+
     fn announce(&self, notice: &Notice) {
-        let notify = self.notify.read().unwrap_or_else(PoisonError::into_inner);
-        if let (Notice::Changed { generation, .. }, true) = (notice, notify.is_empty()) {
-            // Nobody's kernel believes anything.
-            self.acknowledge(*generation);
-        }
-        notify.iter().for_each(|notify| notify.notify(notice));
+        self.announcements.announce(notice, self.newest());
     }
 }
 

@@ -1,4 +1,4 @@
-//! Read 5: the adapter between the kernel's FUSE protocol and [`Fs`]. The only place with fuser's types.
+//! Read 5: the adapter between the kernel's FUSE protocol and `Fs`. The only place with fuser's types.
 //!
 //! ```text
 //!   mount ──/dev/fuse──▶ handshake ──negotiated──▶ session ──requests──▶ Adapter ──▶ Fs
@@ -31,7 +31,7 @@ use fuser::{
     WriteFlags,
 };
 
-use crate::fs::{Access, Attr, Destination, Error, Fs, Handle, Inode, Kind, Opening, Ttl, attr};
+use crate::fs::{Access, Attr, Destination, Error, Fs, Handle, Inode, Kind, NAME_MAX, Opening, Ttl, attr};
 use crate::secret::bounce::Pool;
 use crate::time::Moment;
 
@@ -226,7 +226,8 @@ impl Filesystem for Adapter {
         self.guard("statfs", || {
             let all = self.fs.statistics();
             let block = u32::try_from(attr::BLOCK).unwrap_or(u32::MAX);
-            reply.statfs(all.blocks, 0, 0, all.inodes, 0, block, 255, block);
+            let name = u32::try_from(NAME_MAX).unwrap_or(u32::MAX);
+            reply.statfs(all.blocks, 0, 0, all.inodes, 0, block, name, block);
         });
     }
 

@@ -134,13 +134,8 @@ impl Metrics {
         let mut text = String::new();
         for row in self.rows() {
             let kind = if row.kind == Kind::Counter { "counter" } else { "gauge" };
-            let _ = writeln!(
-                text,
-                "# HELP {0} {1}\n# TYPE {0} {kind}\n{0} {2}",
-                row.name,
-                row.help,
-                row.value()
-            );
+            let _ =
+                writeln!(text, "# HELP {0} {1}\n# TYPE {0} {kind}\n{0} {2}", row.name, row.help, row.value());
         }
         text
     }

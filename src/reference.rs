@@ -1,7 +1,7 @@
 //! What a volume asks for: who it is at which store, which secrets it wants as which files, how fresh.
 //!
 //! Every type here is validated where it is made (by [`crate::class`] or by the command line), holds no secret, and may be
-//! printed. The layers below compare and hash them: two volumes whose [`Key`]s are equal share one read.
+//! printed. The layers below compare and hash them: two volumes whose `Key`s are equal share one read.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -299,11 +299,7 @@ impl Ownership {
     /// This setting, and `wider` where this one is silent.
     #[must_use]
     pub fn or(self, wider: Self) -> Self {
-        Self {
-            uid: self.uid.or(wider.uid),
-            gid: self.gid.or(wider.gid),
-            mode: self.mode.or(wider.mode),
-        }
+        Self { uid: self.uid.or(wider.uid), gid: self.gid.or(wider.gid), mode: self.mode.or(wider.mode) }
     }
 }
 

@@ -2,10 +2,10 @@
 //!
 //! | where a secret is | type | memory |
 //! |---|---|---|
-//! | on its way (an HTTP answer, a token) | [`SecretBytes`], [`Token`] | heap, wiped by the type and again by [`alloc::Wiping`] |
-//! | at rest, shared | [`arena::Blob`] | packed into secret pages |
-//! | at rest, in a volume | a generation's snapshot | [`pages::Pages`] of its own |
-//! | on its way into the kernel | a buffer of [`bounce::Pool`] | locked ordinary pages, wiped after each reply |
+//! | on its way (an HTTP answer, a token) | `SecretBytes`, `Token` | heap, wiped by the type and again by `alloc::Wiping` |
+//! | at rest, shared | `arena::Blob` | packed into secret pages |
+//! | at rest, in a volume | a generation's snapshot | `pages::Pages` of its own |
+//! | on its way into the kernel | a buffer of `bounce::Pool` | locked ordinary pages, wiped after each reply |
 
 /// The process allocator: wipes every block that is freed.
 pub mod alloc;

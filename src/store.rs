@@ -1,8 +1,8 @@
-//! Read 1: the store. [`Store`] is what the cache asks; [`vault::Vault`] speaks the HashiCorp Vault HTTP API to any server
+//! Read 1: the store. `Store` is what the cache asks; `vault::Vault` speaks the HashiCorp Vault HTTP API to any server
 //! that has it.
 //!
 //! Every call gets the moment by which its caller needs an answer. Inside it a store may retry as it sees fit;
-//! past it, it answers [`ErrorKind::Deadline`]. Calls are safe to repeat.
+//! past it, it answers `ErrorKind::Deadline`. Calls are safe to repeat.
 
 /// The answer's JSON: which kind of secret it is, which key, which encoding.
 pub mod answer;
@@ -22,6 +22,10 @@ pub mod vault;
 /// A scripted server for the tests of this module.
 #[cfg(test)]
 mod testing;
+
+/// A store that does what a scenario says.
+#[cfg(test)]
+pub(crate) mod scripted;
 
 pub use error::{ErrorKind, StoreError};
 

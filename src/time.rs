@@ -1,4 +1,4 @@
-//! Time as it is passed in. State machines here never ask a clock: their driver does, and hands them a [`Moment`].
+//! Time as it is passed in. State machines here never ask a clock: their driver does, and hands them a `Moment`.
 
 use std::time::{Duration, Instant, SystemTime};
 

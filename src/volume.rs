@@ -6,14 +6,17 @@
 //!                          ▼                                         │ a file can no longer be cut out of its answer:
 //!                       refused (nothing stays)                      ▼ the old generation stays, and says why
 //! ```
-//! The cache moves a volume to the right: it calls [`Volume::changed`], and the volume builds a generation from the answers
+//! The cache moves a volume to the right: it calls `Volume::changed`, and the volume builds a generation from the answers
 //! it holds. A volume that is dropped gives up its keys and wipes its generations.
 
+/// From answers to the next generation.
+pub mod build;
 /// The generations that are kept.
 pub mod generation;
 /// A generation as bytes: the format that is served and handed over.
 pub mod snapshot;
 
+pub use build::{BuildError, NewFile};
 pub use generation::{Generation, Generations};
 
 use std::collections::HashSet;
@@ -23,13 +26,11 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::cache::{Cache, CacheError, Registration, Slot, State, Subscriber, Value};
 use crate::metrics::Metrics;
-use crate::reference::{FileSpec, Key, Method, VolumeId, VolumeSpec};
-use crate::secret::SecretBytes;
-use crate::secret::pages::SecretMemory;
-use crate::store::answer::{ExtractError, extract};
+use crate::reference::{FileSpec, Freshness, Key, Method, VolumeId, VolumeSpec};
+use crate::secret::pages::{MemoryError, SecretMemory};
 use crate::store::{Credential, StoreError};
 use crate::time::Moment;
-use snapshot::{FileImage, FileRecord, Snapshot, WriteError};
+use snapshot::WriteError;
 
 /// Who uses a volume, where that is known. Local mounts have none of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -64,17 +65,6 @@ pub enum PublishError {
     /// No generation can be built from the answers.
     #[error(transparent)]
     Build(#[from] BuildError),
-}
-
-/// Why no generation could be built.
-#[derive(Debug, thiserror::Error)]
-pub enum BuildError {
-    /// Files that cannot be cut out of their answers.
-    #[error("{}", list(.0))]
-    Extract(Vec<(String, ExtractError)>),
-    /// No room, or broken memory.
-    #[error(transparent)]
-    Write(#[from] WriteError),
 }
 
 /// One line per error, with all that it is about: a login that fails fails for every secret.
@@ -194,7 +184,7 @@ impl Volume {
     pub fn build(&self, now: Moment) -> Result<(), BuildError> {
         let mut built_from = self.built_from.lock().unwrap_or_else(PoisonError::into_inner);
         let values: Vec<Option<Arc<Value>>> =
-            self.slots.get().map(|slots| slots.iter().map(|slot| slot.value()).collect()).unwrap_or_default();
+            self.slots().iter().map(|slot| slot.value().filter(|_| !self.is_over(slot, now))).collect();
         let answers: Vec<_> = values.iter().map(|value| value.as_ref().map(Arc::downgrade)).collect();
         let same = |(a, b): (&Option<Weak<Value>>, &Option<Weak<Value>>)| match (a, b) {
             (Some(a), Some(b)) => a.ptr_eq(b),
@@ -203,11 +193,15 @@ impl Volume {
         if answers.len() == built_from.len() && answers.iter().zip(built_from.iter()).all(same) {
             return Ok(());
         }
-        *built_from = answers;
-        let result = self.cut(&values).and_then(|files| self.install(&files, now));
+        let result = build::cut(&self.spec.files, &values).and_then(|files| self.install(&files, now));
+        // What failed for want of room is tried again; what cannot be cut out of these answers never will be.
+        *built_from = if matches!(result, Err(BuildError::Write(_))) { Vec::new() } else { answers };
         let text = result.as_ref().err().map(ToString::to_string);
         if let Some(text) = &text {
             self.surroundings.metrics.generations_failed.increment();
+            if let Err(BuildError::Write(WriteError::Memory(MemoryError::Full { .. }))) = &result {
+                self.surroundings.metrics.memory_refused.increment();
+            }
             // The first generation's faults are its publisher's to tell.
             if self.generations.current().is_some() {
                 tracing::warn!(volume = %self.id.0, "no new generation: {text}");
@@ -223,48 +217,22 @@ impl Volume {
     /// [`BuildError::Write`]
     pub fn install(&self, files: &[NewFile], now: Moment) -> Result<(), BuildError> {
         let current = self.generations.current();
-        let before = current.as_ref().map(|generation| &generation.snapshot);
-        let differs: Vec<bool> =
-            files.iter().enumerate().map(|(i, file)| before.is_none_or(|b| !file.same_as(b, i))).collect();
-        if before.is_some() && !differs.contains(&true) {
+        let Surroundings { memory, metrics, .. } = &self.surroundings;
+        let Some(next) = build::Next::build(&self.spec.files, files, current.as_deref(), memory, now)? else {
             return Ok(());
-        }
-        let images: Vec<FileImage<'_>> = self
-            .spec
-            .files
-            .iter()
-            .zip(files)
-            .enumerate()
-            .map(|(i, (spec, file))| FileImage {
-                path: spec.path.as_str(),
-                value: file.value.as_ref(),
-                mtime: mtime(file, before.and_then(|b| b.files().get(i)), differs[i], now),
-                version: file.version,
-                lease_id: file.lease_id.as_deref(),
-                expires: file.expires,
-            })
-            .collect();
-        let number = current.as_ref().map_or(1, |generation| generation.number() + 1);
-        let snapshot = Snapshot::write(&self.surroundings.memory, number, now.wall, &images)?;
-        let since = (0..files.len())
-            .map(|i| current.as_ref().filter(|_| !differs[i]).map_or(number, |current| current.since(i)))
-            .collect();
-        // A value that was given up must not live on in older generations.
-        let forget = files.iter().zip(&differs).any(|(file, differs)| *differs && file.value.is_none());
-        let metrics = &self.surroundings.metrics;
-        let gone = self.generations.install(snapshot, since, now, forget);
+        };
+        let (number, changed) = (next.snapshot.generation(), next.changed);
+        let gone = self.generations.install(next.snapshot, next.since, now, next.forget_older);
         metrics.generations_built.increment();
         metrics.generations_evicted.add(gone.iter().filter(|(_, open)| *open).count() as u64);
-        metrics.memory_used.set(self.surroundings.memory.used() as u64);
-        if number > 1 {
-            let names: Vec<&str> =
-                images.iter().zip(&differs).filter(|(_, d)| **d).map(|(image, _)| image.path).collect();
+        metrics.memory_used.set(memory.used() as u64);
+        if current.is_some() {
+            let names: Vec<&str> = changed.iter().map(|&i| self.spec.files[i].path.as_str()).collect();
             tracing::info!(volume = %self.id.0, generation = number, files = names.join(", "), "changed");
         }
         if let Some(listener) = self.listener.get().and_then(Weak::upgrade) {
             let gone = gone.into_iter().map(|(number, _)| number).collect();
-            let files = (0..files.len()).filter(|&i| differs[i]).collect();
-            listener.changed(&Change { generation: number, files, gone });
+            listener.changed(&Change { generation: number, files: changed, gone });
         }
         Ok(())
     }
@@ -272,9 +240,14 @@ impl Volume {
     /// How the value of a file stands now.
     #[must_use]
     pub fn standing(&self, file: usize, now: Moment) -> Standing {
-        let Some(slot) = self.slots.get().and_then(|slots| slots.get(file)) else { return Standing::Fresh };
+        let Some(slot) = self.slots().get(file) else { return Standing::Fresh };
         match slot.state() {
             State::Gone | State::Empty => Standing::Gone,
+            State::Stale if self.is_over(slot, now) => {
+                // The cache holds it on for volumes with a longer grace. A failure to build leaves it unserved as well.
+                let _ = self.build(now);
+                Standing::Gone
+            }
             _ if slot.is_young(self.spec.freshness.max_age, now) => Standing::Fresh,
             State::Stale => Standing::LastKnown,
             State::Fresh => Standing::Old,
@@ -361,7 +334,7 @@ impl Volume {
     /// What people ask about it.
     #[must_use]
     pub fn report(&self) -> Report {
-        let slots = self.slots.get().map(Vec::as_slice).unwrap_or_default();
+        let slots = self.slots();
         let reports: Vec<_> = slots.iter().map(|slot| slot.report()).collect();
         let build_error = self.last_build_error.lock().unwrap_or_else(PoisonError::into_inner).clone();
         Report {
@@ -373,6 +346,17 @@ impl Volume {
             gone: slots.iter().filter(|slot| slot.state() == State::Gone).count(),
             last_error: build_error.or_else(|| reports.into_iter().find_map(|report| report.last_error)),
         }
+    }
+
+    fn slots(&self) -> &[Arc<Slot>] {
+        self.slots.get().map(Vec::as_slice).unwrap_or_default()
+    }
+
+    /// Whether this volume's own grace for a value has ended.
+    fn is_over(&self, slot: &Slot, now: Moment) -> bool {
+        let Freshness { max_age, stale_grace, .. } = self.spec.freshness;
+        slot.state() == State::Stale
+            && stale_grace.zip(slot.age(now)).is_some_and(|(grace, age)| age > max_age.saturating_add(grace))
     }
 
     fn key(&self, file: &FileSpec) -> Key {
@@ -389,29 +373,6 @@ impl Volume {
             .map(|file| file.path.as_str())
             .collect();
         names.join(", ")
-    }
-
-    /// Cuts each file out of its answer; every fault at once.
-    fn cut(&self, values: &[Option<Arc<Value>>]) -> Result<Vec<NewFile>, BuildError> {
-        let mut faults = Vec::new();
-        let mut files = Vec::with_capacity(values.len());
-        for (spec, value) in self.spec.files.iter().zip(values) {
-            let Some(value) = value else {
-                files.push(NewFile::default());
-                continue;
-            };
-            match extract(value.body.expose(), spec.key.as_deref(), spec.encoding) {
-                Ok(bytes) => files.push(NewFile {
-                    value: Some(bytes),
-                    written: value.created.unwrap_or(value.read_at.wall),
-                    version: value.version,
-                    lease_id: value.lease.id.clone(),
-                    expires: value.lease.duration.map(|duration| value.read_at.wall + duration),
-                }),
-                Err(error) => faults.push((spec.path.to_string(), error)),
-            }
-        }
-        if faults.is_empty() { Ok(files) } else { Err(BuildError::Extract(faults)) }
     }
 }
 
@@ -440,62 +401,33 @@ pub struct Report {
     pub last_error: Option<String>,
 }
 
-/// One file of a generation to be.
-pub struct NewFile {
-    /// Its bytes; `None`: given up.
-    pub value: Option<SecretBytes>,
-    /// When the store says it was written, else when it was read.
-    pub written: SystemTime,
-    /// The store's version.
-    pub version: Option<u64>,
-    /// The lease it came with.
-    pub lease_id: Option<String>,
-    /// When that ends.
-    pub expires: Option<SystemTime>,
-}
-
-impl Default for NewFile {
-    fn default() -> Self {
-        Self { value: None, written: SystemTime::UNIX_EPOCH, version: None, lease_id: None, expires: None }
-    }
-}
-
-impl NewFile {
-    fn same_as(&self, snapshot: &Snapshot, index: usize) -> bool {
-        self.value.as_ref().map(SecretBytes::expose) == snapshot.value(index)
-    }
-}
-
-/// The `mtime` of a file in the generation that is being built: that of its version, never going backwards, and never the
-/// same for other bytes.
-fn mtime(file: &NewFile, before: Option<&FileRecord>, differs: bool, now: Moment) -> SystemTime {
-    let Some(before) = before else { return file.written };
-    if !differs {
-        return before.mtime;
-    }
-    let floor = before.mtime + Duration::from_nanos(1);
-    if file.written >= floor { file.written } else { now.wall.max(floor) }
-}
+/// After this time a generation is tried again for which there was no room.
+const RETRY: Duration = Duration::from_secs(5);
 
 /// Wakes the volume when the cache has something new for it.
 struct Rebuild(Weak<Volume>);
 
 impl Subscriber for Rebuild {
     fn changed(&self, _keys: &[Key]) {
-        let Some(volume) = self.0.upgrade() else { return };
         // The first generation is `publish`'s, which also reports its faults.
-        if volume.generations.current().is_some() {
-            tokio::spawn(async move { volume.build(Moment::now()) });
+        if self.0.upgrade().is_none_or(|volume| volume.generations.current().is_none()) {
+            return;
         }
+        let volume = Weak::clone(&self.0);
+        tokio::spawn(async move {
+            while let Some(Err(BuildError::Write(_))) =
+                volume.upgrade().map(|volume| volume.build(Moment::now()))
+            {
+                tokio::time::sleep(RETRY).await;
+            }
+        });
     }
 
     fn state_changed(&self, keys: &[Key]) {
-        let gone = |volume: Arc<Volume>| {
-            volume.slots.get().is_some_and(|slots| slots.iter().any(|slot| slot.state() == State::Gone))
-        };
-        // Only the end of a grace changes what is served.
-        if self.0.upgrade().is_some_and(gone) {
-            self.changed(keys);
-        }
+        // The end of a grace takes a file away, an answer after it brings it back; `build` sees whether it is one of these.
+        self.changed(keys);
     }
 }
+
+#[cfg(test)]
+mod tests;

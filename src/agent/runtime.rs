@@ -69,3 +69,24 @@ pub fn directories() -> Vec<PathBuf> {
 fn is_private(found: &Metadata, owner: u32) -> bool {
     found.is_dir() && found.uid() == owner && found.mode() & 0o077 == 0
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn a_runtime_directory_that_others_may_enter_is_refused() {
+        let parent = tempfile::tempdir().unwrap();
+        let made = parent.path().join("made");
+        make_private(&made).unwrap();
+        make_private(&made).unwrap();
+        assert_eq!(std::fs::metadata(&made).unwrap().mode() & 0o777, 0o700);
+        std::fs::set_permissions(&made, std::fs::Permissions::from_mode(0o750)).unwrap();
+        assert!(make_private(&made).unwrap_err().to_string().contains("mode 0700"));
+        let link = parent.path().join("link");
+        std::os::unix::fs::symlink(parent.path(), &link).unwrap();
+        assert!(make_private(&link).is_err());
+    }
+}

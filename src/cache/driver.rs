@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::entry::RECENT;
-use super::machine::{EntryId, HolderId};
+use super::id::{EntryId, HolderId};
 use super::{CacheError, Limits, Slot};
 use crate::metrics::Metrics;
 use crate::reference::{Freshness, Key};

@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use rand::{Rng, RngExt as _};
 
 use super::budget::Lane;
-use super::machine::{EntryId, FlightId};
+use super::id::{EntryId, FlightId};
 use super::schedule;
 use crate::reference::{self, Subject};
 use crate::store::StoreError;

@@ -1,5 +1,5 @@
 //! The machine: all rules of the cache, no I/O, no clock, no value, no secret. Its driver tells it what happened
-//! ([`Event`]) and does what it says ([`Action`]); between two events it is asked when to wake it ([`Machine::wake_at`]).
+//! (`Event`) and does what it says (`Action`); between two events it is asked when to wake it (`Machine::wake_at`).
 //!
 //! ```text
 //!   due, or a reader waits                                            answered: Publish, wake the readers
@@ -12,7 +12,7 @@
 //! Every request that was sent has a moment after which the machine takes it for failed: a driver that loses one costs a
 //! delay, never a value.
 
-pub use event::{Action, EntryId, Event, FlightId, HolderId, IdentityId, WantId};
+pub use event::{Action, Event};
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -22,6 +22,7 @@ use rand::Rng;
 
 use super::budget::{Budget, Lane};
 use super::entry::{Entry, Flight, Stage};
+use super::id::{EntryId, FlightId, HolderId, IdentityId, WantId};
 use super::identity::{How, Session};
 use super::schedule::Schedule;
 use super::{CacheError, Limits};
@@ -66,7 +67,8 @@ pub struct Machine {
     limits: Limits,
     last_id: u64,
     keys: HashMap<Arc<Key>, EntryId>,
-    entries: HashMap<EntryId, Entry>,
+    /// Boxed: the table does not shrink, so it had better be a small one.
+    entries: HashMap<EntryId, Box<Entry>>,
     identities: HashMap<Arc<Identity>, IdentityId>,
     sessions: HashMap<IdentityId, Session>,
     holders: HashMap<HolderId, Vec<EntryId>>,
@@ -171,7 +173,7 @@ impl Machine {
 
     /// Who holds an entry.
     pub fn holders(&self, entry: EntryId) -> impl Iterator<Item = HolderId> {
-        self.entries.get(&entry).into_iter().flat_map(Entry::holders)
+        self.entries.get(&entry).into_iter().flat_map(|entry| entry.holders())
     }
 
     /// Number of entries.
@@ -228,7 +230,7 @@ impl Machine {
             session.entries.insert(id);
         }
         self.keys.insert(Arc::clone(&key), id);
-        self.entries.insert(id, Entry::new(key, identity, holder, freshness, now));
+        self.entries.insert(id, Box::new(Entry::new(key, identity, holder, freshness, now)));
         id
     }
 
@@ -371,7 +373,7 @@ impl Machine {
 
     /// Sets the entry's wake-up anew, after whatever happened to it.
     fn reschedule(&mut self, id: EntryId) {
-        let at = self.entries.get(&id).and_then(Entry::wake_at);
+        let at = self.entries.get(&id).and_then(|entry| entry.wake_at());
         self.timers.set(Timer::Entry(id), at);
     }
 

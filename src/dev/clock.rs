@@ -1,13 +1,15 @@
 //! The store's time in the API's form.
 
+use std::fmt::Write as _;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-
-use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
 
 /// RFC 3339 in UTC, as the API writes it; empty for times that no calendar has.
 pub(super) fn rfc3339(at: SystemTime) -> String {
-    OffsetDateTime::from(at).format(&Rfc3339).unwrap_or_default()
+    let mut text = String::new();
+    if write!(text, "{}", humantime::format_rfc3339_nanos(at)).is_err() {
+        text.clear();
+    }
+    text
 }
 
 /// Whole seconds since 1970; 0 before.

@@ -6,6 +6,9 @@ pub enum Error {
     /// No such name or inode.
     #[error("no such file")]
     NotFound,
+    /// A name that no file can have.
+    #[error("the name is too long")]
+    NameTooLong,
     /// A directory was needed.
     #[error("not a directory")]
     NotDirectory,
@@ -32,6 +35,8 @@ impl Error {
     pub fn errno(self) -> i32 {
         match self {
             Self::NotFound => libc::ENOENT,
+            // The kernel itself refuses only from 1,024 bytes on.
+            Self::NameTooLong => libc::ENAMETOOLONG,
             Self::NotDirectory => libc::ENOTDIR,
             Self::IsDirectory => libc::EISDIR,
             // On ESTALE the kernel walks the path once more with fresh look-ups, so a reader that goes through `..data`

@@ -338,6 +338,16 @@ fn numbers_that_nobody_gave_out_are_no_such_file() {
 }
 
 #[test]
+fn a_name_longer_than_statfs_allows_is_refused_as_such() {
+    let fixture = Fixture::new(&["a"]);
+    fixture.install(&[Some("1")]);
+    let lookup =
+        |length: usize| fixture.fs.lookup(Inode::ROOT, &vec![b'n'; length], fixture.now).unwrap_err();
+    assert_eq!((lookup(255), lookup(256)), (Error::NotFound, Error::NameTooLong));
+    assert_eq!(Error::NameTooLong.errno(), libc::ENAMETOOLONG);
+}
+
+#[test]
 fn changes_are_announced_with_the_inodes_and_names_they_touch() {
     #[derive(Default)]
     struct Heard(Mutex<Vec<Notice>>);

@@ -1,5 +1,5 @@
 //! The INIT exchange, once per mount. What is negotiated here stays latched in the connection for as long as it lives, whoever
-//! serves it later, so it is done here by hand and not by the session, which only ever *adopts* (see [`super::session`]).
+//! serves it later, so it is done here by hand and not by the session, which only ever *adopts* (see `super::session`).
 //!
 //! Layouts: `struct fuse_init_in` and `fuse_init_out` of the kernel's include/uapi/linux/fuse.h, version 7.40.
 

@@ -69,7 +69,15 @@ impl Session {
 /// This thread only waits for the session's own.
 const STACK: usize = 64 << 10;
 
-fn adopt(fuse: OwnedFd, adapter: Adapter, threads: usize) -> io::Result<fuser::Session<Adapter>> {
+/// Puts a file system on a mounted descriptor whose INIT was answered. It serves when it is run, with `threads` threads.
+///
+/// # Errors
+/// No descriptor left.
+pub fn adopt<F: fuser::Filesystem>(
+    fuse: OwnedFd,
+    filesystem: F,
+    threads: usize,
+) -> io::Result<fuser::Session<F>> {
     let (ours, its) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     rustix::io::write(&ours, &handshake::synthetic_request())?;
     let mut config = fuser::Config::default();
@@ -77,7 +85,7 @@ fn adopt(fuse: OwnedFd, adapter: Adapter, threads: usize) -> io::Result<fuser::S
     config.n_threads = Some(threads.max(1));
     // `All`: who may is decided by the mount (`allow_other`) and by the kernel (`default_permissions`); behind an id-mapped
     // mount the header's uid is -1, which any other rule would refuse.
-    let session = fuser::Session::from_fd(adapter, its, fuser::SessionACL::All, config)?;
+    let session = fuser::Session::from_fd(filesystem, its, fuser::SessionACL::All, config)?;
     let mut reply = [0; 256];
     rustix::io::read(&ours, &mut reply)?;
     sys::fd::replace(session.as_fd(), fuse.as_fd())?;

@@ -2,7 +2,7 @@
 //! swapped, dumped or inherited by a fork. Where the kernel has none, of a memory file that this process locks.
 //!
 //! Both count against `RLIMIT_MEMLOCK`, which may be as low as 64 KiB. What is handed out is counted here *before* the kernel
-//! is asked, as some kernels say no only when a page is touched. Reply [buffers](super::bounce) take from the same budget.
+//! is asked, as some kernels say no only when a page is touched. Reply buffers (`super::bounce`) take from the same budget.
 
 use std::io;
 use std::os::fd::OwnedFd;

@@ -1,7 +1,7 @@
-//! One connection pool per [`Connection`]: TLS, deadlines, redirects, size cap.
+//! One connection pool per `Connection`: TLS, deadlines, redirects, size cap.
 //!
-//! [`Http::ask`] gives one question to a cluster: it tries the members in order, the one that answered last first, pauses
-//! and tries again as [`super::retry`] says, all inside the caller's deadline. What comes back is an answer that stands
+//! `Http::ask` gives one question to a cluster: it tries the members in order, the one that answered last first, pauses
+//! and tries again as `super::retry` says, all inside the caller's deadline. What comes back is an answer that stands
 //! (2xx, or a 4xx that no repetition changes) or a [`StoreError`] in people's words.
 //!
 //! Pooled connections close at most 5 s after their last use, because TLS keeps plaintext in the buffers of an idle
@@ -144,9 +144,20 @@ impl Http {
         let connection = ask.connection.clone();
         let made = tokio::task::spawn_blocking(move || {
             let stamp = tls::stamp(&connection);
-            match known.filter(|pool| pool.stamp == stamp) {
-                Some(pool) => Ok((pool, false)),
-                None => Pool::new(&connection, stamp).map(|pool| (Arc::new(pool), true)),
+            if let Some(pool) = known.as_ref().filter(|pool| pool.stamp == stamp) {
+                return Ok((Arc::clone(pool), false));
+            }
+            match (Pool::new(&connection, stamp), known) {
+                (Ok(pool), _) => Ok((Arc::new(pool), true)),
+                // Files that are being replaced, or were damaged: what was trusted a moment ago still is.
+                (Err(fault), Some(pool)) => {
+                    tracing::warn!(
+                        "certificate files cannot be used, the last good ones stay in use: {}",
+                        fault.what
+                    );
+                    Ok((pool, false))
+                }
+                (Err(fault), None) => Err(fault),
             }
         });
         let (pool, new) = match timeout_at(ask.deadline.into(), made).await {

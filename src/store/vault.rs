@@ -1,5 +1,5 @@
-//! The Vault API: [`Store`] over HTTP. What is asked stands here, how it travels in [`super::http`], what the answer
-//! means in [`super::answer`] and [`super::login`], and what people read when it fails in [`super::remedy`].
+//! The Vault API: `Store` over HTTP. What is asked stands here, how it travels in `super::http`, what the answer
+//! means in `super::answer` and `super::login`, and what people read when it fails in `super::remedy`.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -1,4 +1,4 @@
-//! Mapped memory as owned values. [`Mapping`] is a whole one; [`Extent`] is a piece of one that nobody else has: pieces are
+//! Mapped memory as owned values. `Mapping` is a whole one; `Extent` is a piece of one that nobody else has: pieces are
 //! only made by splitting and only put together again by joining, so that ownership is the proof that no two overlap.
 
 use std::ffi::c_void;

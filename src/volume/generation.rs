@@ -1,4 +1,4 @@
-//! A volume's generations: the newest, the one before it, and at most [`OLDER`] older ones on which a handle is open.
+//! A volume's generations: the newest, the one before it, and at most `OLDER` older ones on which a handle is open.
 //!
 //! ```text
 //!   install ──▶ current ──install──▶ previous ──install──▶ older (while open) ──last release, or too many──▶ gone

@@ -5,12 +5,14 @@
 //! | `setup.rs` | what a machine must have, and how to get it |
 //! | `test.rs` | the steps of the test run, their order, the sum at the end |
 //! | `tools.rs` | what is built once and kept under `target/tools` |
+//! | `bench.rs` | which programs are measured, in which profile |
 //! | `vault.rs` | how the real Vault server for the tests is built |
 //! | `command.rs` | running other programs |
 
 // This is a program that talks to people in a terminal.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+mod bench;
 mod command;
 mod setup;
 mod test;
@@ -33,12 +35,14 @@ use clap::Parser;
         cargo xtask test --only clippy --only fmt"
 )]
 enum Task {
+    Bench(bench::Args),
     Setup(setup::Args),
     Test(test::Args),
 }
 
 fn main() -> ExitCode {
     let done = match Task::parse() {
+        Task::Bench(args) => bench::run(&args),
         Task::Setup(args) => setup::run(&args),
         Task::Test(args) => test::run(&args),
     };

@@ -13,13 +13,15 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 
 use super::{Cache, Command, Done, Registration, Subscriber, shielded};
+use crate::cache::id::{EntryId, FlightId, HolderId, IdentityId, WantId};
 use crate::cache::identity::Terms;
-use crate::cache::machine::{Action, EntryId, Event, FlightId, HolderId, IdentityId, Machine, WantId};
+use crate::cache::machine::{Action, Event, Machine};
 use crate::cache::{CacheError, Limits, Slot, State, Value};
 use crate::metrics::Metrics;
 use crate::reference::{Freshness, Identity, Key};
 use crate::secret::Token;
 use crate::secret::arena::Arena;
+use crate::secret::pages::MemoryError;
 use crate::store::{Answer, Credential, ErrorKind, Lease, Login, Store, StoreError};
 use crate::time::Moment;
 
@@ -335,7 +337,12 @@ impl<S: Store> Task<S> {
             ));
         }
         // Its text ends with a remedy.
-        let body = self.arena.store(body).map_err(|error| full(error.to_string(), None))?;
+        let body = self.arena.store(body).map_err(|error| {
+            if let MemoryError::Full { .. } = error {
+                self.metrics.memory_refused.increment();
+            }
+            full(error.to_string(), None)
+        })?;
         Ok((Some(Value { body, lease: lease.clone(), version, created, read_at: now() }), lease))
     }
 

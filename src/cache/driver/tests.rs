@@ -1,132 +1,12 @@
 //! The driver under a stopped clock, over a store that does what a scenario says.
 
-use std::collections::HashMap;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
 use crate::cache::State;
-use crate::reference::{Address, Auth, AuthMethod, Connection, Identity, Method, Request, Subject};
+use crate::reference::{Method, Request};
 use crate::secret::pages::SecretMemory;
-use crate::secret::{SecretBytes, Token};
-use crate::store::{Answer, Lease, Login};
-
-/// What the store does at present.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Scenario {
-    Healthy,
-    /// Every request is answered with a 503.
-    Sealed,
-    /// No request is ever answered, nor its deadline kept.
-    Hanging,
-    /// No such path.
-    Empty,
-    /// Logins with anything but the credential `second` are refused.
-    RoleWithoutPod,
-    /// The store client itself has a fault.
-    Panicking,
-}
-
-struct Scripted {
-    scenario: Mutex<Scenario>,
-    values: Mutex<HashMap<String, String>>,
-    latency: Duration,
-    logins: AtomicUsize,
-    reads: AtomicUsize,
-    revoked: AtomicUsize,
-}
-
-impl Scripted {
-    fn new() -> Arc<Self> {
-        Arc::new(Self {
-            scenario: Mutex::new(Scenario::Healthy),
-            values: Mutex::new(HashMap::new()),
-            latency: Duration::from_millis(20),
-            logins: AtomicUsize::new(0),
-            reads: AtomicUsize::new(0),
-            revoked: AtomicUsize::new(0),
-        })
-    }
-
-    fn play(&self, scenario: Scenario) {
-        *self.scenario.lock().unwrap() = scenario;
-    }
-
-    fn rotate(&self, path: &str, value: &str) {
-        self.values.lock().unwrap().insert(path.into(), value.into());
-    }
-
-    fn counts(&self) -> (usize, usize) {
-        (self.logins.load(Ordering::Relaxed), self.reads.load(Ordering::Relaxed))
-    }
-
-    async fn respond(&self) -> Result<(), StoreError> {
-        let scenario = *self.scenario.lock().unwrap();
-        tokio::time::sleep(self.latency).await;
-        match scenario {
-            Scenario::Healthy | Scenario::RoleWithoutPod => Ok(()),
-            Scenario::Sealed => Err(error(ErrorKind::Unavailable)),
-            Scenario::Empty => Err(error(ErrorKind::Missing)),
-            Scenario::Hanging => std::future::pending().await,
-            Scenario::Panicking => panic!("a fault of the store client"),
-        }
-    }
-}
-
-fn error(kind: ErrorKind) -> StoreError {
-    StoreError { kind, asked: "GET one".into(), answered: "no".into(), remedy: None, retry_after: None }
-}
-
-fn token(text: &str) -> Token {
-    Token::new(text.into()).unwrap()
-}
-
-impl Store for Scripted {
-    async fn login(&self, _: &Identity, credential: &Credential, _: Instant) -> Result<Login, StoreError> {
-        self.logins.fetch_add(1, Ordering::Relaxed);
-        let refusing = *self.scenario.lock().unwrap() == Scenario::RoleWithoutPod;
-        if *self.scenario.lock().unwrap() != Scenario::Empty {
-            self.respond().await?;
-        }
-        let is_second = matches!(credential, Credential::Jwt(jwt) if jwt.expose() == "second");
-        if refusing && !is_second {
-            return Err(error(ErrorKind::Denied));
-        }
-        Ok(Login { token: token("store-token"), renewable: false, ttl: None })
-    }
-
-    async fn renew(&self, _: &Identity, _: &Token, _: Instant) -> Result<Login, StoreError> {
-        Err(error(ErrorKind::Refused))
-    }
-
-    async fn read(
-        &self,
-        _: &Identity,
-        _: &Token,
-        request: &Request,
-        _: Instant,
-    ) -> Result<Answer, StoreError> {
-        let count = self.reads.fetch_add(1, Ordering::Relaxed);
-        self.respond().await?;
-        let value = self.values.lock().unwrap().get(&request.path).cloned().unwrap_or_default();
-        let body = if request.path == "bare" {
-            r#"{"keys":[]}"#.to_owned()
-        } else {
-            format!(r#"{{"request_id":"{count}","data":{{"password":"{value}"}}}}"#)
-        };
-        Ok(Answer {
-            body: SecretBytes::new(body.into_bytes()),
-            lease: Lease::default(),
-            version: None,
-            created: None,
-        })
-    }
-
-    async fn revoke(&self, _: &Identity, _: &Token, _: Instant) -> Result<(), StoreError> {
-        self.revoked.fetch_add(1, Ordering::Relaxed);
-        Ok(())
-    }
-}
+use crate::store::scripted::{Scenario, Scripted, identity, token};
 
 #[derive(Default)]
 struct Listener {
@@ -145,24 +25,7 @@ impl Subscriber for Listener {
 }
 
 fn keys(paths: &[&str]) -> Vec<Key> {
-    let identity = Arc::new(Identity {
-        connection: Connection {
-            addresses: vec![Address::parse("https://store:8200").unwrap()],
-            namespace: None,
-            ca: None,
-            server_name: None,
-            client_certificate: None,
-            skip_verify: false,
-            proxy: None,
-        },
-        auth: Auth {
-            method: AuthMethod::Kubernetes,
-            mount: "kubernetes".into(),
-            role: "app".into(),
-            audience: None,
-        },
-        subject: Subject::Local("test".into()),
-    });
+    let identity = identity();
     let request =
         |path: &&str| Request { method: Method::Get, path: (*path).into(), query: None, args: None };
     paths

@@ -3,30 +3,10 @@
 use std::time::Instant;
 
 use crate::cache::State;
+use crate::cache::id::{EntryId, FlightId, HolderId, IdentityId, WantId};
 use crate::cache::identity::Terms;
 use crate::reference::{Freshness, Key};
 use crate::store::{Lease, StoreError};
-
-macro_rules! ids {
-    ($($(#[$doc:meta])+ $name:ident;)+) => { $(
-        $(#[$doc])+
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-        pub struct $name(pub u64);
-    )+ };
-}
-
-ids! {
-    /// One held key. Never used again for another, nor for the same key held anew.
-    EntryId;
-    /// One identity in use. Never used again.
-    IdentityId;
-    /// One request at a store. Never used again.
-    FlightId;
-    /// One registration; the driver's number.
-    HolderId;
-    /// One reader who waits; the driver's number.
-    WantId;
-}
 
 /// What happened.
 pub enum Event {

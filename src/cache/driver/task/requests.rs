@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Account, Ended, Task, now};
-use crate::cache::machine::{EntryId, FlightId, IdentityId};
+use crate::cache::id::{EntryId, FlightId, IdentityId};
 use crate::reference::Identity;
 use crate::secret::Token;
 use crate::store::{Credential, ErrorKind, Store, StoreError};

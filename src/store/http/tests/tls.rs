@@ -125,8 +125,20 @@ async fn changed_certificate_files_take_effect_at_the_next_request() {
     client.refused(&to, "secret/data/app").await;
     std::fs::write(&path, format!("{}{}", other.pem(), authority.pem())).unwrap();
     client.read(&to, "secret/data/app").await.unwrap_or_else(|error| panic!("{error}"));
+}
+
+#[tokio::test]
+async fn certificate_files_that_vanish_leave_the_last_good_ones_in_use() {
+    let authority = Authority::new();
+    let server = serve(authority.server(&["127.0.0.1"])).await;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ca.pem");
+    std::fs::write(&path, authority.pem()).unwrap();
+    let (client, to) = (Client::new(), trusting(&server, Pem::File(path.clone())));
+    client.read(&to, "secret/data/app").await.unwrap_or_else(|error| panic!("{error}"));
     std::fs::remove_file(&path).unwrap();
-    let error = client.refused(&to, "secret/data/app").await;
+    client.read(&to, "secret/data/app").await.unwrap_or_else(|error| panic!("{error}"));
+    let error = Client::new().refused(&to, "secret/data/app").await;
     assert!(error.kind == ErrorKind::Local && error.answered.contains("ca.pem: No such file"), "{error}");
 }
 

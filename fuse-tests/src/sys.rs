@@ -1,0 +1,60 @@
+//! System calls that rustix lacks, safe to call.
+
+#![allow(unsafe_code, reason = "system calls that rustix lacks; every block states its invariants")]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd as _;
+use std::ptr;
+
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+
+/// `cachestat(2)`, Linux 6.5; the number is the same on every architecture.
+const SYS_CACHESTAT: libc::c_long = 451;
+
+/// Pages of a file that are in the page cache.
+///
+/// # Errors
+/// As `cachestat(2)`.
+pub fn cached_pages(file: &File) -> io::Result<u64> {
+    let range = [0u64; 2];
+    let mut counts = [0u64; 5];
+    // SAFETY: the layouts of `struct cachestat_range` (two u64) and `struct cachestat` (five u64, written by the kernel), both
+    // alive during the call.
+    let result =
+        unsafe { libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), range.as_ptr(), counts.as_mut_ptr(), 0) };
+    if result == 0 { Ok(counts[0]) } else { Err(io::Error::last_os_error()) }
+}
+
+/// A file in memory, readable.
+pub struct Map {
+    start: *mut libc::c_void,
+    length: usize,
+}
+
+impl Map {
+    /// Maps the first `length` bytes, shared or private.
+    ///
+    /// # Errors
+    /// As `mmap(2)`.
+    pub fn new(file: &File, length: usize, flags: MapFlags) -> io::Result<Self> {
+        // SAFETY: no address is asked for, so no mapping of this program is replaced.
+        let start = unsafe { mmap(ptr::null_mut(), length, ProtFlags::READ, flags, file, 0) }?;
+        Ok(Self { start, length })
+    }
+
+    /// A copy of the bytes. The mapped file must be as long as the map.
+    #[must_use]
+    pub fn to_vec(&self) -> Vec<u8> {
+        // SAFETY: the mapping is `length` readable bytes until the drop. They are copied byte by byte, volatile, as the
+        // kernel may exchange the page below at any time.
+        (0..self.length).map(|at| unsafe { self.start.cast::<u8>().add(at).read_volatile() }).collect()
+    }
+}
+
+impl Drop for Map {
+    fn drop(&mut self) {
+        // SAFETY: the mapping that `new` made, used by nobody else.
+        let _ = unsafe { munmap(self.start, self.length) };
+    }
+}
