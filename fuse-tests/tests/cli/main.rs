@@ -3,8 +3,8 @@
 //! Every test has a [`world::World`]: a mount namespace with a /run, /tmp and /dev/fuse of its own, so that no test sees the
 //! agents of another one, or of this machine. It needs root. Files of a mount are read by the test process, which serves none.
 
-// What a test cannot set up fails that test, with the reason.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(clippy::unwrap_used, reason = "what a test cannot set up fails that test, with the reason")]
+#![allow(clippy::print_stdout, reason = "a test that cannot run here says so")]
 
 /// `dev`.
 mod dev;

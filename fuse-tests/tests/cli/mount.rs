@@ -1,6 +1,7 @@
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::Command;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use fuse_secrets::dev::{Fault, StatusCode};
 use rustix::process::Signal;
@@ -88,6 +89,54 @@ fn every_way_to_log_in_serves() {
         77,
         &["check the role id"],
     );
+
+    let (jwt, key) = signed();
+    let jwt = world.file("jwt", &jwt);
+    store.write("sys/auth/kubernetes", &json!({ "type": "kubernetes" }));
+    store.write("auth/kubernetes/config", &json!({ "kubernetes_host": "https://x", "pem_keys": [key] }));
+    let bound = json!({
+        "bound_service_account_names": "app", "bound_service_account_namespaces": ["prod"],
+        "audience": "vault", "token_policies": ["app"]
+    });
+    store.write("auth/kubernetes/role/app", &bound);
+    // The role is the class's.
+    serves(&world, mount(&world, &common).arg("--jwt-file").arg(&jwt));
+    refused(
+        mount(&world, &common).args(["--role", "other", "--jwt-file"]).arg(&jwt),
+        77,
+        &["its role \"other\" exists", "jwt-file:/tmp/jwt"],
+    );
+
+    store.write("sys/auth/jwt", &json!({ "type": "jwt" }));
+    store.write("auth/jwt/config", &json!({ "jwt_validation_pubkeys": [key] }));
+    let role = json!({
+        "role_type": "jwt", "user_claim": "sub", "bound_audiences": ["vault"], "token_policies": ["app"]
+    });
+    store.write("auth/jwt/role/people", &role);
+    let by_jwt = ["--auth-method", "jwt", "--role", "people", "--jwt-file"];
+    serves(&world, mount(&world, &common).args(by_jwt).arg(&jwt));
+}
+
+/// A service account's token, and the key that verifies it.
+fn signed() -> (String, String) {
+    use aws_lc_rs::encoding::AsDer as _;
+    use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _};
+    use base64::Engine as _;
+
+    let pair = EcdsaKeyPair::generate(&ECDSA_P256_SHA256_FIXED_SIGNING).unwrap();
+    let private = pair.to_pkcs8v1().unwrap();
+    let public =
+        base64::engine::general_purpose::STANDARD.encode(pair.public_key().as_der().unwrap().as_ref());
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    let claims = json!({
+        "iss": "https://cluster", "aud": ["vault"], "iat": now, "nbf": now, "exp": now + 600,
+        "sub": "system:serviceaccount:prod:app",
+        "kubernetes.io": {"namespace": "prod", "serviceaccount": {"name": "app", "uid": "u-1"}},
+    });
+    let header = jsonwebtoken::Header::new(jsonwebtoken::Algorithm::ES256);
+    let key = jsonwebtoken::EncodingKey::from_ec_der(private.as_ref());
+    let token = jsonwebtoken::encode(&header, &claims, &key).unwrap();
+    (token, format!("-----BEGIN PUBLIC KEY-----\n{public}\n-----END PUBLIC KEY-----\n"))
 }
 
 #[test]
