@@ -20,6 +20,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dashmap::DashMap;
+use tokio::sync::watch;
 
 use crate::cache::{Cache, Limits};
 use crate::fs::Fs;
@@ -28,6 +29,7 @@ use crate::fuse::notify::Invalidator;
 use crate::fuse::{handshake, session::Session};
 use crate::metrics::Metrics;
 use crate::reference::{VolumeId, VolumeSpec};
+use crate::secret::alloc;
 use crate::secret::arena::Arena;
 use crate::secret::bounce::Pool;
 use crate::secret::pages::{MemoryError, SecretMemory};
@@ -39,6 +41,8 @@ use crate::volume::{Pod, PublishError, Surroundings, Volume};
 const BOUNCE: usize = 128 << 10;
 /// How long readers may go on after an unmount before the process ends anyway.
 const DRAIN: Duration = Duration::from_millis(500);
+/// How long after a volume came or went the heap gives back what it left; whatever follows within this time is one go.
+const TIDY: Duration = Duration::from_secs(1);
 
 /// How an agent is set up.
 #[derive(Clone, Copy, Debug)]
@@ -94,6 +98,8 @@ pub struct Agent {
     cache: Cache,
     invalidator: Invalidator,
     served: DashMap<VolumeId, Arc<Served>>,
+    /// Told of each volume that came or went.
+    moved: watch::Sender<()>,
 }
 
 /// A volume that is mounted and answered.
@@ -147,7 +153,10 @@ impl Agent {
         let arena = Arena::new(Arc::clone(&memory));
         let cache = Cache::new(store, arena, setup.limits, Arc::clone(&metrics));
         let invalidator = Invalidator::start().map_err(StartError::Thread)?;
-        Ok(Arc::new(Self { setup, memory, pool, metrics, cache, invalidator, served: DashMap::new() }))
+        let (moved, moves) = watch::channel(());
+        tokio::spawn(tidy(moves));
+        let served = DashMap::new();
+        Ok(Arc::new(Self { setup, memory, pool, metrics, cache, invalidator, served, moved }))
     }
 
     /// Fetches every file of a spec, then mounts them on a directory, and serves: [`Agent::publish`], then [`Agent::serve`].
@@ -213,7 +222,7 @@ impl Agent {
             let negotiated = handshake::negotiate(std::os::fd::AsFd::as_fd(&fuse));
             Ok::<_, MountError>((mount, fuse, negotiated))
         });
-        let (mount, fuse, negotiated) = attached.await.map_err(|error| ServeError::Serve(error.into()))??;
+        let (mount, fuse, negotiated) = attached.await.map_err(|_| ServeError::Serve(ended()))??;
         let started = negotiated.and_then(|negotiated| {
             tracing::debug!(minor = negotiated.minor, flags = negotiated.flags, "FUSE negotiated");
             Session::start(fuse, &fs, &self.pool, &self.invalidator, self.setup.threads)
@@ -239,14 +248,15 @@ impl Agent {
         let (path, files, interval) = (served.mount.path(), spec.files.len(), spec.freshness.interval);
         tracing::info!(path = %path.display(), class = spec.class, files, ?interval, "mounted");
         self.served.insert(served.volume().id().clone(), Arc::clone(served));
+        self.moved.send_replace(());
         let (agent, watched) = (Arc::downgrade(self), Arc::clone(served));
         tokio::spawn(async move {
             watched.ended().await;
-            if let Some(agent) = agent.upgrade()
-                && agent.served.remove(watched.volume().id()).is_some()
-            {
+            let Some(agent) = agent.upgrade() else { return };
+            if agent.served.remove(watched.volume().id()).is_some() {
                 tracing::info!(path = %watched.mount.path().display(), "unmounted");
             }
+            agent.moved.send_replace(());
         });
     }
 
@@ -286,4 +296,19 @@ impl Agent {
         }
         self.cache.stop(Instant::now() + DRAIN).await;
     }
+}
+
+/// Gives back the heap's free pages a while after volumes came or went, until the agent is gone.
+async fn tidy(mut moves: watch::Receiver<()>) {
+    while moves.changed().await.is_ok() {
+        tokio::time::sleep(TIDY).await;
+        moves.mark_unchanged();
+        // An error means that the runtime ends.
+        let _ = tokio::task::spawn_blocking(alloc::trim).await;
+    }
+}
+
+/// In place of a task's own error, whose text would carry a panic's message.
+fn ended() -> io::Error {
+    io::Error::other("a thread of this program ended by a fault")
 }

@@ -17,7 +17,7 @@
 //! - Whatever fails, the last known value is served: also when the store says 404 or 403. Deleting a secret or a permission
 //!   in the store must not break a pod that runs; to end that, set `stale_grace`. The grace begins when `max_age` has passed.
 //! - Volumes that share a value share its state: the shortest interval and max age, the longest grace of them. A volume with
-//!   a shorter grace compares [`Slot::age`] with its own.
+//!   a shorter grace compares `Slot::age` with its own.
 //! - A leased value (one with a lease id) is read again only ahead of its lease's end, whatever the interval: each read makes
 //!   another secret at the store. Its lease is its max age.
 

@@ -62,7 +62,7 @@ Examples:
 Exit codes:
   0   done
   1   failed; the message says what and why
-  64  the command line, an environment variable or the configuration file is wrong
+  64  the command line, the environment or the configuration file is wrong
   65  a class document has faults
   66  a file that was named cannot be read
   69  the store cannot be reached, or does not answer

@@ -12,7 +12,7 @@
 //! without namespaces ignores it too), and of a role's fields it knows policies, `ttl`, `max_ttl`, what is bound to whom, and
 //! ignores the rest, such as address ranges.
 //!
-//! Values rest as [`crate::secret::SecretBytes`], tokens as [`Token`]. On their way through JSON and HTTP there are copies,
+//! Values rest as [`crate::secret::SecretBytes`], tokens as [`crate::secret::Token`]. On their way through JSON and HTTP there are copies,
 //! which only the process allocator wipes.
 //!
 //! A request's way: `server` (HTTP, faults, counts) → `state` (seal, token, policy) → `sys`, `auth` or `kv`.

@@ -27,9 +27,10 @@ use std::time::{Duration, Instant, SystemTime};
 use crate::cache::{Cache, CacheError, Registration, Slot, State, Subscriber, Value};
 use crate::metrics::Metrics;
 use crate::reference::{FileSpec, Freshness, Key, Method, VolumeId, VolumeSpec};
-use crate::secret::pages::SecretMemory;
+use crate::secret::pages::{MemoryError, SecretMemory};
 use crate::store::{Credential, StoreError};
 use crate::time::Moment;
+use snapshot::WriteError;
 
 /// Who uses a volume, where that is known. Local mounts have none of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -198,6 +199,9 @@ impl Volume {
         let text = result.as_ref().err().map(ToString::to_string);
         if let Some(text) = &text {
             self.surroundings.metrics.generations_failed.increment();
+            if let Err(BuildError::Write(WriteError::Memory(MemoryError::Full { .. }))) = &result {
+                self.surroundings.metrics.memory_refused.increment();
+            }
             // The first generation's faults are its publisher's to tell.
             if self.generations.current().is_some() {
                 tracing::warn!(volume = %self.id.0, "no new generation: {text}");

@@ -1,6 +1,5 @@
 //! One value's states, as [`super`] draws them, without the value: what it was answered last, who holds it, what is due.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -62,7 +61,8 @@ pub(super) struct Entry {
     pub(super) flight: Option<Flight>,
     /// Readers that wait for it; bounded by the machine.
     pub(super) waiters: Vec<WantId>,
-    holders: BTreeMap<HolderId, Freshness>,
+    /// Nearly always one: a map's first node alone is larger than all the rest of an entry.
+    holders: Vec<(HolderId, Freshness)>,
     merged: Merged,
     state: State,
     answered: Option<Instant>,
@@ -91,7 +91,7 @@ impl Entry {
             identity,
             flight: None,
             waiters: Vec::new(),
-            holders: BTreeMap::from([(holder, freshness)]),
+            holders: vec![(holder, freshness)],
             merged: Merged { interval, max_age, grace },
             state: State::Empty,
             answered: None,
@@ -111,7 +111,7 @@ impl Entry {
 
     /// Who holds it.
     pub(super) fn holders(&self) -> impl Iterator<Item = HolderId> {
-        self.holders.keys().copied()
+        self.holders.iter().map(|(holder, _)| *holder)
     }
 
     /// Whether a value is held, however old.
@@ -141,7 +141,8 @@ impl Entry {
 
     /// One more volume holds it. What it may not wait for becomes due: a first value, or a fresher one.
     pub(super) fn join(&mut self, holder: HolderId, freshness: Freshness, now: Instant, rng: &mut dyn Rng) {
-        self.holders.insert(holder, freshness);
+        self.holders.retain(|(other, _)| *other != holder);
+        self.holders.push((holder, freshness));
         self.merge();
         let recently_failed = self.failed.is_some_and(|at| now.saturating_duration_since(at) < RECENT);
         if !self.has_value() && !recently_failed {
@@ -153,14 +154,15 @@ impl Entry {
 
     /// A volume lets go of it. Returns whether another one still holds it.
     pub(super) fn leave(&mut self, holder: HolderId) -> bool {
-        self.holders.remove(&holder);
+        self.holders.retain(|(other, _)| *other != holder);
         self.merge();
         !self.holders.is_empty()
     }
 
     /// Whether the value is young enough for this holder.
     pub(super) fn is_young(&self, holder: HolderId, now: Instant) -> bool {
-        let max_age = self.holders.get(&holder).map_or(self.merged.max_age, |freshness| freshness.max_age);
+        let held = self.holders.iter().find(|(other, _)| *other == holder);
+        let max_age = held.map_or(self.merged.max_age, |(_, freshness)| freshness.max_age);
         self.has_value() && now <= self.ages_at(max_age)
     }
 
@@ -261,7 +263,7 @@ impl Entry {
     }
 
     fn merge(&mut self) {
-        let all = || self.holders.values();
+        let all = || self.holders.iter().map(|(_, freshness)| freshness);
         let Some(interval) = all().map(|freshness| freshness.interval).min() else { return };
         let Some(max_age) = all().map(|freshness| freshness.max_age).min() else { return };
         let grace =

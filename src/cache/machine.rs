@@ -67,7 +67,8 @@ pub struct Machine {
     limits: Limits,
     last_id: u64,
     keys: HashMap<Arc<Key>, EntryId>,
-    entries: HashMap<EntryId, Entry>,
+    /// Boxed: the table does not shrink, so it had better be a small one.
+    entries: HashMap<EntryId, Box<Entry>>,
     identities: HashMap<Arc<Identity>, IdentityId>,
     sessions: HashMap<IdentityId, Session>,
     holders: HashMap<HolderId, Vec<EntryId>>,
@@ -172,7 +173,7 @@ impl Machine {
 
     /// Who holds an entry.
     pub fn holders(&self, entry: EntryId) -> impl Iterator<Item = HolderId> {
-        self.entries.get(&entry).into_iter().flat_map(Entry::holders)
+        self.entries.get(&entry).into_iter().flat_map(|entry| entry.holders())
     }
 
     /// Number of entries.
@@ -229,7 +230,7 @@ impl Machine {
             session.entries.insert(id);
         }
         self.keys.insert(Arc::clone(&key), id);
-        self.entries.insert(id, Entry::new(key, identity, holder, freshness, now));
+        self.entries.insert(id, Box::new(Entry::new(key, identity, holder, freshness, now)));
         id
     }
 
@@ -372,7 +373,7 @@ impl Machine {
 
     /// Sets the entry's wake-up anew, after whatever happened to it.
     fn reschedule(&mut self, id: EntryId) {
-        let at = self.entries.get(&id).and_then(Entry::wake_at);
+        let at = self.entries.get(&id).and_then(|entry| entry.wake_at());
         self.timers.set(Timer::Entry(id), at);
     }
 

@@ -112,8 +112,8 @@ impl Facts {
             Some(version) if version < Version(5, 10, 0) => {
                 check.lost("too old to mount; 5.10 or newer is needed")
             }
-            Some(version) if version < Version(5, 12, 0) => {
-                check.note("no mount_setattr(2): the older mount(2) is used; memfd_secret(2) comes with 5.14")
+            Some(version) if version < Version(5, 14, 0) => {
+                check.note("memfd_secret(2) comes with 5.14; 6.1 or newer gives everything")
             }
             Some(version) if version < Version(6, 1, 0) => check.note("6.1 or newer gives everything"),
             Some(_) => check,

@@ -84,6 +84,7 @@ pub fn serve(error: &ServeError) -> u8 {
                 | ErrorKind::Deadline => UNAVAILABLE,
                 ErrorKind::Denied | ErrorKind::Missing | ErrorKind::Refused => REFUSED,
                 ErrorKind::Local => NO_INPUT,
+                ErrorKind::Full => LIMIT,
             })
         }
         ServeError::Publish(PublishError::Cache(CacheError::Limit { .. })) => LIMIT,

@@ -52,8 +52,8 @@ Examples:
       fuse-secrets mount --class app.yaml --address https://vault:8200 \\
           --token-file ~/.vault-token /mnt/app
   With a JWT, against a private CA:
-      fuse-secrets mount --class app.yaml --address https://vault:8200 --ca ca.pem \\
-          --auth-method jwt --role app --jwt-file /run/token.jwt /mnt/app
+      fuse-secrets mount --class app.yaml --address https://vault:8200 \\
+          --ca ca.pem --auth-method jwt --role app --jwt-file app.jwt /mnt/app
   With AppRole:
       fuse-secrets mount --class app.yaml --address https://vault:8200 \\
           --role-id 6f1e... --secret-id-file /run/secret-id /mnt/app

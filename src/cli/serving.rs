@@ -59,6 +59,7 @@ pub(super) fn prepare(path: &Path) -> Result<PathBuf, DirectoryError> {
 }
 
 /// Makes a directory, and those above it, if nothing is there. One that is there is left alone: it may be a dead mount.
+#[cfg(feature = "dev")]
 pub(super) fn make(directory: &Path) -> Result<(), DirectoryError> {
     match std::fs::create_dir(directory) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),

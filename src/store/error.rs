@@ -24,6 +24,8 @@ pub enum ErrorKind {
     Malformed,
     /// A local credential or certificate file cannot be used.
     Local,
+    /// There is no room for the answer on this side.
+    Full,
     /// The caller's deadline passed.
     Deadline,
 }

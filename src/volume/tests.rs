@@ -211,6 +211,7 @@ async fn a_generation_for_which_there_was_no_room_is_built_when_there_is() {
     assert_eq!(content(&volume, 0).unwrap(), "one");
     let told = volume.report().last_error.unwrap();
     assert!(told.contains("secret memory is full"), "{told}");
+    assert!(bench.metrics.memory_refused.value() > 0);
     drop(hoard);
     pass(10).await;
     assert_eq!((content(&volume, 0).unwrap(), volume.report().last_error), ("two".into(), None));

@@ -31,6 +31,8 @@ enum Step {
     Fmt,
     /// No warning, also without the embedded store
     Clippy,
+    /// Comments for rustdoc name only what exists
+    Doc,
     /// Licenses, sources and banned crates
     Deny,
     /// Tests that need neither a kernel mount nor a server
@@ -88,6 +90,13 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, Error> {
             };
             clippy(&["--workspace"])?;
             clippy(&["--package", "fuse-secrets", "--no-default-features"])
+        });
+    }
+    if wanted(Step::Doc) {
+        report.step("doc: no broken link", |_| {
+            let mut cargo = command::cargo();
+            cargo.args(["doc", "--no-deps", "--workspace", "--document-private-items"]);
+            command::run(cargo.env("RUSTDOCFLAGS", "-D warnings"))
         });
     }
     if wanted(Step::Deny) {

@@ -21,6 +21,7 @@ use crate::metrics::Metrics;
 use crate::reference::{Freshness, Identity, Key};
 use crate::secret::Token;
 use crate::secret::arena::Arena;
+use crate::secret::pages::MemoryError;
 use crate::store::{Answer, Credential, ErrorKind, Lease, Login, Store, StoreError};
 use crate::time::Moment;
 
@@ -164,7 +165,8 @@ impl<S: Store> Task<S> {
                 Some(ended) = self.requests.join_next() => match ended {
                     Ok(ended) => self.ended(ended),
                     // The machine takes the request for failed when its time is over.
-                    Err(fault) => tracing::error!(%fault, "a request at a store ended by a fault of this program"),
+                    // Its text would carry the panic's message.
+                    Err(_) => tracing::error!("a request at a store ended by a fault of this program"),
                 },
                 () = wake => self.feed(Event::Tick, Cargo::None),
             }
@@ -314,24 +316,33 @@ impl<S: Store> Task<S> {
         }
         let freed = held.map_or(0, |held| held.body.expose().len());
         let wanted = body.len();
-        let full = |answered: String| StoreError {
-            kind: ErrorKind::Local,
+        let full = |answered: String, remedy: Option<&str>| StoreError {
+            kind: ErrorKind::Full,
             asked: format!(
                 "keeping the answer of {}",
                 self.machine.key(entry).map_or_else(String::new, |key| key.request.to_string())
             ),
             answered,
-            remedy: Some("mount fewer or smaller secrets on this node or raise its limits".to_owned()),
+            remedy: remedy.map(str::to_owned),
             retry_after: None,
         };
         if self.bytes - freed + wanted > self.limits.bytes {
-            return Err(full(format!(
-                "the cache is full: {} of {} bytes in use, {wanted} more wanted",
-                self.bytes - freed,
-                self.limits.bytes
-            )));
+            return Err(full(
+                format!(
+                    "the cache is full: {} of {} bytes in use, {wanted} more wanted",
+                    self.bytes - freed,
+                    self.limits.bytes
+                ),
+                Some("mount fewer or smaller secrets on this node, or raise the cache's limit of bytes"),
+            ));
         }
-        let body = self.arena.store(body).map_err(|error| full(error.to_string()))?;
+        // Its text ends with a remedy.
+        let body = self.arena.store(body).map_err(|error| {
+            if let MemoryError::Full { .. } = error {
+                self.metrics.memory_refused.increment();
+            }
+            full(error.to_string(), None)
+        })?;
         Ok((Some(Value { body, lease: lease.clone(), version, created, read_at: now() }), lease))
     }
 
@@ -371,7 +382,9 @@ impl<S: Store> Task<S> {
                     if let Some(slot) = self.slots.get(&entry) {
                         let moved = slot.state() != state;
                         let begins = slot.report().failing_since.is_none();
-                        if let (true, Some(key)) = (begins, self.machine.key(entry)) {
+                        // A first read that fails for good is told by whoever waits for it.
+                        let tell = begins && (state != State::Empty || error.is_retryable());
+                        if let (true, Some(key)) = (tell, self.machine.key(entry)) {
                             self.told.line(|| {
                                 tracing::warn!(secret = %key.request, %error, "cannot be read; goes on trying");
                             });
@@ -506,5 +519,19 @@ fn is_same(a: &Credential, b: &Credential) -> bool {
         | (Credential::TokenFile(a), Credential::TokenFile(b)) => a == b,
         (Credential::SecretIdFile(a), Credential::SecretIdFile(b)) => a == b,
         _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_log_hears_of_no_more_secrets_than_its_bound() {
+        let (mut told, mut lines) = (Told::default(), 0);
+        for _ in 0..1_000 {
+            told.line(|| lines += 1);
+        }
+        assert_eq!(lines, Told::LINES);
     }
 }

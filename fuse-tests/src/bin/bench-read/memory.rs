@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use crate::peers::{Many, Server};
 use crate::report::{Limit, Row, Section};
@@ -11,6 +12,9 @@ use crate::{Error, Plan};
 
 const ONE: f64 = 15.0 * 1024.0;
 const FURTHER: f64 = 48.0;
+const GIVEN_BACK: f64 = 1.1;
+/// The agent gives memory back a second after the last volume went.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 pub(crate) fn measure(plan: &Plan, store: &Store) -> Result<Section, Error> {
     let server = Server::product(store, &store.three("1h", "memory/only")?)?;
@@ -45,12 +49,12 @@ pub(crate) fn measure(plan: &Plan, store: &Store) -> Result<Section, Error> {
         });
     }
     many.unmount_all_but(1)?;
-    let left = pss(many.process())?;
+    let left = settled(many.process(), first * GIVEN_BACK)?;
     rows.push(Row {
-        name: "PSS with one volume, after the others were unmounted".to_owned(),
+        name: "PSS with one volume, 5 s after the others were unmounted".to_owned(),
         promised: "within 10 % of before",
         found: format!("{:.2} MiB, before {:.2} MiB", left / 1024.0, first / 1024.0),
-        limit: Some(Limit { found: left / first, most: 1.1 }),
+        limit: Some(Limit { found: left / first, most: GIVEN_BACK }),
         series: Vec::new(),
     });
     Ok(rows)
@@ -58,6 +62,19 @@ pub(crate) fn measure(plan: &Plan, store: &Store) -> Result<Section, Error> {
 
 fn read(directory: &Path) -> Result<(), Error> {
     THREE.iter().try_for_each(|file| Ok(fs::read(directory.join(file)).map(drop)?))
+}
+
+/// PSS in KiB, as soon as it is `wanted` or less, else when patience ends.
+fn settled(process: u32, wanted: f64) -> Result<f64, Error> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let now = pss(process)?;
+        if now <= wanted || Instant::now() > deadline {
+            return Ok(now);
+        }
+        // Looking at it is work for the kernel that the agent would have to wait for.
+        std::thread::park_timeout(Duration::from_millis(100));
+    }
 }
 
 /// KiB.
