@@ -249,8 +249,9 @@ impl Volume {
                 Standing::Gone
             }
             _ if slot.is_young(self.spec.freshness.max_age, now) => Standing::Fresh,
-            State::Stale => Standing::LastKnown,
-            State::Fresh => Standing::Old,
+            // The cache calls stale what is merely older than the max age, too: a store that did not fail is asked first.
+            _ if slot.is_failing() => Standing::LastKnown,
+            State::Stale | State::Fresh => Standing::Old,
         }
     }
 

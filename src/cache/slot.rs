@@ -129,6 +129,12 @@ impl Slot {
         read(&self.report).clone()
     }
 
+    /// Whether the last refresh failed.
+    #[must_use]
+    pub fn is_failing(&self) -> bool {
+        read(&self.failure).is_some()
+    }
+
     /// The last failure, if no answer came after it and it is no older than `since`.
     pub(super) fn failure(&self, since: Instant) -> Option<StoreError> {
         read(&self.failure).as_ref().filter(|(at, _)| *at >= since).map(|(_, error)| error.clone())
