@@ -131,6 +131,19 @@ async fn a_store_that_does_not_answer_takes_nothing_away_without_a_grace() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_value_that_is_merely_older_than_its_max_age_is_asked_for_before_it_is_served() {
+    let bench = Bench::new();
+    bench.store.rotate("app", "one");
+    let volume = bench.volume(&[("password", "password")], Freshness::default());
+    bench.publish(&volume).await.unwrap();
+    bench.store.play(Scenario::Hanging);
+    pass(62).await;
+    assert_eq!(volume.standing(0, now()), Standing::Old, "the refresh under way has not failed yet");
+    pass(60).await;
+    assert_eq!(volume.standing(0, now()), Standing::LastKnown, "now it has");
+}
+
+#[tokio::test(start_paused = true)]
 async fn after_its_grace_a_volume_serves_nothing_until_the_store_answers() {
     let bench = Bench::new();
     bench.store.rotate("app", "one");
