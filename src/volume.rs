@@ -249,6 +249,7 @@ impl Volume {
                 Standing::Gone
             }
             _ if slot.is_young(self.spec.freshness.max_age, now) => Standing::Fresh,
+            // The cache calls stale what is merely older than the max age, too: a store that did not fail is asked first.
             _ if slot.is_failing() => Standing::LastKnown,
             _ => Standing::Old,
         }

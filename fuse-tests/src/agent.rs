@@ -133,17 +133,17 @@ impl Agent {
     /// Tells it something and waits until it is done.
     ///
     /// # Errors
-    /// The text of its refusal.
+    /// The text of its refusal; or it does not answer within 60 s, or is gone.
     ///
     /// # Panics
-    /// It does not answer within 60 s, or is gone.
+    /// It answers something else than JSON.
     pub fn ask(&mut self, command: &Command) -> Result<Answer, String> {
         let mut line = serde_json::to_vec(command).unwrap();
         line.push(b'\n');
-        self.commands.as_mut().unwrap().write_all(&line).unwrap();
+        let sent = self.commands.as_mut().ok_or("it is ending")?.write_all(&line);
+        sent.map_err(|error| format!("{command:?}: {error}"))?;
         let answer = self.answers.recv_timeout(Duration::from_secs(60));
-        let answer = answer.unwrap_or_else(|error| panic!("{command:?}: {error}; its log: {}", self.log()));
-        match serde_json::from_str(&answer).unwrap() {
+        match serde_json::from_str(&answer.map_err(|error| format!("{command:?}: {error}"))?).unwrap() {
             Answer::Failed(why) => Err(why),
             answer => Ok(answer),
         }
@@ -237,6 +237,12 @@ impl Agent {
 
 impl Drop for Agent {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            let (log, metrics) = (self.log(), self.ask(&Command::Metrics));
+            let start = log.lines().count().saturating_sub(50);
+            let last: Vec<&str> = log.lines().skip(start).collect();
+            let _ = writeln!(std::io::stderr(), "the agent's last words:\n{}\n{metrics:?}", last.join("\n"));
+        }
         drop(self.commands.take());
         end(&mut self.child, "test-agent");
     }

@@ -330,7 +330,10 @@ async fn an_answer_beyond_the_limit_of_bytes_is_refused_with_the_limit() {
     let errors = registration.ready(within(5)).await.unwrap_err();
     assert_eq!(errors.len(), 1);
     let told = errors[0].1.to_string();
-    assert!(told.contains("of 100 bytes in use") && told.contains("raise the cache's limit of bytes"), "{told}");
+    assert!(
+        told.contains("of 100 bytes in use") && told.contains("raise the cache's limit of bytes"),
+        "{told}"
+    );
     assert!(!told.contains("xxx"));
 }
 
