@@ -28,6 +28,7 @@ use fuse_secrets::volume::{NewFile, Surroundings, Volume};
 use fuse_tests::agent::{Answer, BareFile, Command};
 use fuse_tests::stamp::Content;
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::signal::unix::{SignalKind, signal};
 
 #[global_allocator]
 static ALLOCATOR: Wiping = Wiping;
@@ -55,7 +56,16 @@ async fn serve() {
     let socket = admin::listen(&agent).unwrap();
     let mut server = Server { agent, served: HashMap::new(), planted: Vec::new() };
     let mut commands = BufReader::new(tokio::io::stdin()).lines();
-    while let Ok(Some(line)) = commands.next_line().await {
+    // Whoever ends the test from a terminal sends its signal to this process too.
+    let mut interrupt = signal(SignalKind::interrupt()).unwrap();
+    let mut terminate = signal(SignalKind::terminate()).unwrap();
+    loop {
+        let line = tokio::select! {
+            line = commands.next_line() => line,
+            _ = interrupt.recv() => Ok(None),
+            _ = terminate.recv() => Ok(None),
+        };
+        let Ok(Some(line)) = line else { break };
         let answer = match server.obey(serde_json::from_str(&line).unwrap()).await {
             Ok(answer) => answer,
             Err(why) => Answer::Failed(why),
