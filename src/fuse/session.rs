@@ -40,7 +40,7 @@ impl Session {
         let session = adopt(fuse, adapter, threads)?;
         let (tell, ended) = tokio::sync::watch::channel(false);
         let volume = fs.volume().id().0.clone();
-        std::thread::Builder::new().name("fuse".to_owned()).stack_size(STACK).spawn(move || {
+        std::thread::Builder::new().name("fuse".to_owned()).spawn(move || {
             // The clone of the descriptor lives as long as the session does.
             let _wire = wire;
             match session.run() {
@@ -65,9 +65,6 @@ impl Session {
         *self.ended.borrow() || self.ended.has_changed().is_err()
     }
 }
-
-/// This thread only waits for the session's own.
-const STACK: usize = 64 << 10;
 
 /// Puts a file system on a mounted descriptor whose INIT was answered. It serves when it is run, with `threads` threads.
 ///
