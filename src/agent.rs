@@ -42,8 +42,9 @@ use crate::volume::{Pod, PublishError, Surroundings, Volume};
 const BOUNCE: usize = 128 << 10;
 /// How long readers may go on after an unmount before the process ends anyway.
 const DRAIN: Duration = Duration::from_millis(500);
-/// How long after a volume came or went the heap gives back what it left; whatever follows within this time is one go.
-const TIDY: Duration = Duration::from_secs(1);
+/// How long after a volume came or went the heap gives back what it left: when idle connections and threads have gone too.
+/// Whatever follows within this time is one go.
+const TIDY: Duration = Duration::from_secs(12);
 
 /// How an agent is set up.
 #[derive(Clone, Copy, Debug)]

@@ -49,9 +49,13 @@ pub struct Config {
     pub limits: Limits,
     /// Bytes of secret pages; `None`: what `RLIMIT_MEMLOCK` gives.
     pub memory_limit: Option<usize>,
-    /// Threads that answer the kernel.
+    /// Threads that answer the kernel. Default 1.
     pub fuse_threads: usize,
 }
+
+/// No handler waits for anything, so one thread answers as fast as its core can. A second one is woken for requests that the
+/// first would have taken on its next turn: half as much CPU again for each small read.
+const FUSE_THREADS: usize = 1;
 
 /// A login's secret half, by file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -301,7 +305,7 @@ impl Parsed {
                 in_flight: rest.in_flight.unwrap_or(defaults.in_flight),
             },
             memory_limit: rest.memory_limit,
-            fuse_threads: rest.fuse_threads.unwrap_or_else(default_threads),
+            fuse_threads: rest.fuse_threads.unwrap_or(FUSE_THREADS),
         })
     }
 }
@@ -331,10 +335,6 @@ impl Values<'_> {
 fn same_credential(a: AuthMethod, b: AuthMethod) -> bool {
     let presents_jwt = |method| matches!(method, AuthMethod::Kubernetes | AuthMethod::Jwt);
     a == b || presents_jwt(a) && presents_jwt(b)
-}
-
-fn default_threads() -> usize {
-    std::thread::available_parallelism().map_or(1, |cores| cores.get().min(4))
 }
 
 fn addresses(text: &str) -> Result<Vec<crate::reference::Address>, Broken> {

@@ -137,7 +137,7 @@ layer! {
     /// Bytes of secret pages (64KiB to 64GiB; default: what RLIMIT_MEMLOCK gives)
     #[arg(long, value_name = "SIZE", help_heading = "Limits")]
     memory_limit,
-    /// Threads that answer the kernel (1 to 64; default: one per core, at most 4)
+    /// Threads that answer the kernel (1 to 64; default: 1)
     #[arg(long, value_name = "COUNT", help_heading = "Limits")]
     fuse_threads,
 }

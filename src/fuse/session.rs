@@ -49,7 +49,7 @@ impl Session {
         let session = adopt(fuse, adapter, threads)?;
         let (tell, ended) = tokio::sync::watch::channel(None);
         let volume = fs.volume().id().0.clone();
-        std::thread::Builder::new().name("fuse".to_owned()).stack_size(STACK).spawn(move || {
+        std::thread::Builder::new().name("fuse".to_owned()).spawn(move || {
             // The clone of the descriptor lives as long as the session does.
             let _wire = wire;
             let end = match session.run() {
@@ -71,9 +71,6 @@ impl Session {
         ended.wait_for(Option::is_some).await.map_or(End::Failed, |end| end.unwrap_or(End::Failed))
     }
 }
-
-/// This thread only waits for the session's own.
-const STACK: usize = 64 << 10;
 
 /// Puts a file system on a mounted descriptor whose INIT was answered. It serves when it is run, with `threads` threads.
 ///

@@ -2,8 +2,8 @@
 //! mounted, negotiated and adopted by the same code, with as many threads, the same lifetimes and flags and the same
 //! allocator, and it answers constants.
 //!
-//! `bench-floor DIR MAX_READ LARGE`: mounts on `DIR`; replies are of at most `MAX_READ` bytes, the large file has `LARGE`.
-//! Prints a line when it serves, and serves until it is killed.
+//! `bench-floor DIR THREADS MAX_READ LARGE`: mounts on `DIR`; replies are of at most `MAX_READ` bytes, the large file has
+//! `LARGE`. Prints a line when it serves, and serves until it is killed.
 
 // It tells its parent through a pipe.
 #![allow(clippy::print_stdout)]
@@ -29,14 +29,14 @@ const ONE_DAY: Duration = Duration::from_secs(24 * 60 * 60);
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     alloc::pin();
     let arguments: Vec<String> = std::env::args().collect();
-    let [_, directory, max_read, large] = arguments.as_slice() else {
-        return Err("usage: bench-floor DIR MAX_READ LARGE".into());
+    let [_, directory, threads, max_read, large] = arguments.as_slice() else {
+        return Err("usage: bench-floor DIR THREADS MAX_READ LARGE".into());
     };
     let options = Options { allow_other: rustix::process::geteuid().is_root(), max_read: max_read.parse()? };
     let (_mount, fuse) = Mount::attach(Path::new(directory), options)?;
     handshake::negotiate(fuse.as_fd())?;
     let floor = Floor { small: vec![b'x'; 64], large: vec![b'x'; large.parse()?] };
-    let session = session::adopt(fuse, floor, 1)?;
+    let session = session::adopt(fuse, floor, threads.parse()?)?;
     println!("serving");
     Ok(session.run()?)
 }

@@ -40,11 +40,12 @@ impl Server {
         Ok(server)
     }
 
-    /// `bench-floor` with the same largest reply as a product that runs.
+    /// `bench-floor` with as many threads and the same largest reply as a product that runs.
     pub(crate) fn floor(store: &Store, as_product: &Self) -> Result<Self, Error> {
         let directory = store.directory()?;
         let mut command = program("bench-floor")?;
-        command.arg(&directory).arg(as_product.max_read()?).arg(LARGE.to_string()).stdout(Stdio::piped());
+        command.arg(&directory).arg(as_product.threads()?.to_string()).arg(as_product.max_read()?);
+        command.arg(LARGE.to_string()).stdout(Stdio::piped());
         let mut server = Self { child: command.spawn()?, directory, _manager: None };
         let output = server.child.stdout.take().ok_or("no output")?;
         if BufReader::new(output).read_line(&mut String::new())? == 0 {
@@ -68,6 +69,16 @@ impl Server {
             sched_setaffinity(Pid::from_raw(id), &only(core))?;
         }
         Ok(())
+    }
+
+    /// How many threads answer the kernel, by the name that fuser gives them.
+    fn threads(&self) -> Result<usize, Error> {
+        let mut count = 0;
+        for task in std::fs::read_dir(format!("/proc/{}/task", self.child.id()))? {
+            let name = std::fs::read_to_string(task?.path().join("comm"))?;
+            count += usize::from(name.starts_with("fuser-"));
+        }
+        Ok(count)
     }
 
     /// The largest reply, as it stands in the mount's options.
