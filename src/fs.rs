@@ -59,11 +59,15 @@ pub enum Access {
 pub enum Opening {
     /// A handle.
     Opened(Handle),
-    /// The value is older than its class allows: call [`Volume::refresh`] for this file, then [`Fs::open_last_known`].
+    /// The value is older than its class allows: call [`Volume::refresh`] for this file, then do as for
+    /// [`Opening::Settle`].
     Refresh {
         /// Index of the file in the spec.
         file: usize,
     },
+    /// The kernel still believes what was before the newest generation, and would answer `fstat` with an old size: call
+    /// [`Fs::open_last_known`] from [`Fs::when_settled`].
+    Settle,
 }
 
 /// Where the bytes of a read go, which decides whose they must be.
@@ -222,6 +226,9 @@ impl Fs {
                     metrics.cache_misses.increment();
                     return Ok(Opening::Refresh { file: *index });
                 }
+            }
+            if !self.announcements.is_settled(self.newest()) {
+                return Ok(Opening::Settle);
             }
         }
         self.pin(inode, now).map(Opening::Opened)

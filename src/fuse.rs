@@ -65,9 +65,9 @@ pub fn in_handler() -> bool {
 
 /// Runs a handler. A panic ends in EIO for this one caller: the reply it held answers so when it is dropped.
 fn guard(fs: &Fs, call: &'static str, handler: impl FnOnce()) {
-    IN_HANDLER.set(true);
+    let outer = IN_HANDLER.replace(true);
     let outcome = catch_unwind(AssertUnwindSafe(handler));
-    IN_HANDLER.set(false);
+    IN_HANDLER.set(outer);
     if outcome.is_err() {
         fs.volume().metrics().fs_panics.increment();
         tracing::error!(call, volume = %fs.volume().id().0, "a handler panicked; its caller got EIO");
@@ -77,6 +77,17 @@ fn guard(fs: &Fs, call: &'static str, handler: impl FnOnce()) {
 impl Adapter {
     fn guard(&self, call: &'static str, handler: impl FnOnce()) {
         guard(&self.fs, call, handler);
+    }
+
+    /// The rest of an open, for whoever ends its wait: the cache or the invalidator. A panic in it would end either.
+    fn open_later(&self, inode: INodeNo, reply: ReplyOpen) -> Box<dyn FnOnce() + Send> {
+        let fs = Arc::clone(&self.fs);
+        Box::new(move || {
+            guard(&fs, "open", || match fs.open_last_known(Inode(inode.0), Moment::now()) {
+                Ok(handle) => reply.opened(FileHandle(handle.0), open_flags()),
+                Err(error) => reply.error(errno(error)),
+            });
+        })
     }
 
     fn refuse(&self, reply: ReplyEmpty) {
@@ -117,17 +128,10 @@ impl Filesystem for Adapter {
             match self.fs.open(Inode(inode.0), access, Moment::now()) {
                 Ok(Opening::Opened(handle)) => reply.opened(FileHandle(handle.0), open_flags()),
                 Ok(Opening::Refresh { file }) => {
-                    let fs = Arc::clone(&self.fs);
-                    let answer = move || match fs.open_last_known(Inode(inode.0), Moment::now()) {
-                        Ok(handle) => reply.opened(FileHandle(handle.0), open_flags()),
-                        Err(error) => reply.error(errno(error)),
-                    };
-                    // Called by the cache when the refresh ends, or by the invalidator: a panic there would end either.
-                    let fs = Arc::clone(&self.fs);
-                    let answer = Box::new(move || guard(&fs, "open", answer));
-                    let fs = Arc::clone(&self.fs);
-                    self.fs.volume().refresh(file, Box::new(move || fs.when_settled(answer)));
+                    let (fs, later) = (Arc::clone(&self.fs), self.open_later(inode, reply));
+                    self.fs.volume().refresh(file, Box::new(move || fs.when_settled(later)));
                 }
+                Ok(Opening::Settle) => self.fs.when_settled(self.open_later(inode, reply)),
                 Err(error) => reply.error(errno(error)),
             }
         });

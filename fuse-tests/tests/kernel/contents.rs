@@ -1,11 +1,12 @@
 use std::fs::File;
 use std::io::Read as _;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::time::Duration;
 
 use fuse_tests::agent::{Agent, BareFile};
 use fuse_tests::mounted::Mounted;
 use fuse_tests::stamp::{Content, check, stamp};
-use fuse_tests::wait::{SOON, until, until_true};
+use fuse_tests::wait::{SOON, pause, until, until_true};
 use rustix::fs::{Mode, OFlags};
 use rustix::mount::mount_bind;
 
@@ -105,6 +106,34 @@ fn size_after_open_is_the_size_of_what_is_read() {
             bytes.len() == 100 + round * 7
         });
     }
+}
+
+#[test]
+fn size_after_open_is_right_however_fast_versions_follow_each_other() {
+    let Some(mut agent) = agent() else { return };
+    let mounted = agent.bare(&["a".into()], &[Content::Pattern(100)]);
+    let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let (path, ended) = (mounted.join("a"), std::sync::Arc::clone(&stop));
+    let reader = std::thread::spawn(move || {
+        let mut opens = 0u32;
+        while !ended.load(std::sync::atomic::Ordering::Relaxed) {
+            let mut file = File::open(&path).unwrap();
+            let size = file.metadata().unwrap().len();
+            let mut bytes = Vec::new();
+            file.read_to_end(&mut bytes).unwrap();
+            assert_eq!(bytes.len() as u64, size, "after {opens} opens");
+            drop(file);
+            opens += 1;
+        }
+        opens
+    });
+    // Bursts: what the reader was shown last is not kept any more when it opens next.
+    for round in 1..900usize {
+        agent.install(&mounted, &[Content::Pattern(100 + round % 97)]);
+        pause(Duration::from_millis(if round % 3 == 0 { 8 } else { 0 }));
+    }
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    assert!(reader.join().unwrap() > 50);
 }
 
 #[test]
