@@ -30,11 +30,11 @@ use crate::fuse::notify::Invalidator;
 use crate::fuse::session::{End, Session};
 use crate::metrics::Metrics;
 use crate::reference::{VolumeId, VolumeSpec};
-use crate::secret::alloc;
 use crate::secret::arena::Arena;
 use crate::secret::bounce::Pool;
 use crate::secret::pages::{MemoryError, SecretMemory};
 use crate::store::{Credential, Store};
+use crate::sys::alloc;
 use crate::volume::{Pod, PublishError, Surroundings, Volume};
 
 /// Size of a bounce buffer where locked memory allows: the largest reply. 128 KiB stays in a core's second-level cache,

@@ -12,7 +12,7 @@
 
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used))]
 
-/// Secret types, the wiping allocator and the pages that are locked, unreadable for others and never dumped.
+/// Secret types, and the pages that are locked, unreadable for others and never dumped.
 pub mod secret;
 /// Time as it is passed in: one moment on both clocks.
 pub mod time;
@@ -41,5 +41,5 @@ pub mod cli;
 /// The embedded store: the Vault API in memory, for `dev` and for tests.
 #[cfg(feature = "dev")]
 pub mod dev;
-/// System calls that rustix lacks: with the allocator, the only unsafe code of this crate.
+/// The wiping allocator, and system calls that rustix lacks: the only unsafe code of this crate.
 pub mod sys;

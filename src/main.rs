@@ -4,8 +4,8 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use fuse_secrets::cli::{Arguments, exit, log, panics};
-use fuse_secrets::secret::alloc::{self, Wiping};
 use fuse_secrets::secret::harden::harden;
+use fuse_secrets::sys::alloc::{self, Wiping};
 
 #[global_allocator]
 static ALLOCATOR: Wiping = Wiping;

@@ -2,19 +2,17 @@
 //!
 //! | where a secret is | type | memory |
 //! |---|---|---|
-//! | on its way (an HTTP answer, a token) | `SecretBytes`, `Token` | heap, wiped by the type and again by `alloc::Wiping` |
+//! | on its way (an HTTP answer, a token) | `SecretBytes`, `Token` | heap, wiped by the type and again by `sys::alloc::Wiping` |
 //! | at rest, shared | `arena::Blob` | packed into secret pages |
 //! | at rest, in a volume | a generation's snapshot | `pages::Pages` of its own |
 //! | on its way into the kernel | a buffer of `bounce::Pool` | locked ordinary pages, wiped after each reply |
 
-/// The process allocator: wipes every block that is freed.
-pub mod alloc;
 /// Many small secrets packed into few secret pages.
 pub mod arena;
 /// Locked ordinary memory for replies: the kernel cannot read from secret pages.
 pub mod bounce;
 #[cfg(test)]
-mod child;
+pub(crate) mod child;
 /// The process closed to dumps, tracers and swap.
 pub mod harden;
 /// How much memory this process may lock.

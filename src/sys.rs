@@ -1,8 +1,10 @@
-//! System calls that rustix lacks, behind safe functions and owned types. The only unsafe code of this crate, but for the
-//! [allocator](crate::secret::alloc), which is unsafe by contract.
+//! The process allocator, and system calls that rustix lacks, behind safe functions and owned types. The only unsafe code of
+//! this crate.
 
 #![allow(unsafe_code, reason = "this is the module where it is allowed; every block states its invariants")]
 
+/// The process allocator: wipes every block that is freed.
+pub mod alloc;
 /// Descriptors.
 pub mod fd;
 /// Mapped memory as owned values: unreadable for others, locked, wiped when dropped.

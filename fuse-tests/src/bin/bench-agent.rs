@@ -23,10 +23,10 @@ use fuse_secrets::class;
 use fuse_secrets::config::Settings;
 use fuse_secrets::metrics::Metrics;
 use fuse_secrets::reference::{Address, AuthMethod, Subject, VolumeSpec};
-use fuse_secrets::secret::alloc::{self, Wiping};
 use fuse_secrets::secret::harden::harden;
 use fuse_secrets::store::Credential;
 use fuse_secrets::store::vault::Vault;
+use fuse_secrets::sys::alloc::{self, Wiping};
 
 #[global_allocator]
 static ALLOCATOR: Wiping = Wiping;

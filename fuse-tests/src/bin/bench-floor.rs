@@ -15,7 +15,7 @@ use std::time::{Duration, SystemTime};
 
 use fuse_secrets::fuse::mount::{Mount, Options};
 use fuse_secrets::fuse::{handshake, session};
-use fuse_secrets::secret::alloc::{self, Wiping};
+use fuse_secrets::sys::alloc::{self, Wiping};
 use fuser::{
     Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, LockOwner, OpenFlags,
     ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, Request,

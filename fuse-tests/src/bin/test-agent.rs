@@ -21,8 +21,8 @@ use fuse_secrets::reference::{
     Ownership, Request, Subject, VolumeId, VolumeSpec,
 };
 use fuse_secrets::secret::SecretBytes;
-use fuse_secrets::secret::alloc::{self, Wiping};
 use fuse_secrets::store::vault::Vault;
+use fuse_secrets::sys::alloc::{self, Wiping};
 use fuse_secrets::time::Moment;
 use fuse_secrets::volume::{NewFile, Surroundings, Volume};
 use fuse_tests::agent::{Answer, BareFile, Command};

@@ -6,8 +6,6 @@
 //!
 //! Not covered: live buffers, stacks, memory of C libraries, and what the kernel holds.
 
-#![allow(unsafe_code, reason = "GlobalAlloc is unsafe by contract; every block states its invariants")]
-
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::ffi::c_void;
 use std::ptr;
@@ -291,7 +289,7 @@ mod tests {
         if !child::is_one() {
             // Alone in its process: other tests allocate meanwhile.
             let name =
-                "secret::alloc::tests::a_hundred_large_buffers_that_are_hardly_used_cost_hardly_any_memory";
+                "sys::alloc::tests::a_hundred_large_buffers_that_are_hardly_used_cost_hardly_any_memory";
             return child::run(name, &[]);
         }
         pin();
