@@ -107,6 +107,22 @@ pub struct Connection {
     pub proxy: Option<url::Url>,
 }
 
+impl Connection {
+    /// A connection to these members of one cluster (at least one), with nothing else said.
+    #[must_use]
+    pub fn to(addresses: Vec<Address>) -> Self {
+        Self {
+            addresses,
+            namespace: None,
+            ca: None,
+            server_name: None,
+            client_certificate: None,
+            skip_verify: false,
+            proxy: None,
+        }
+    }
+}
+
 /// How a volume proves itself to the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum AuthMethod {

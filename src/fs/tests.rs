@@ -1,11 +1,11 @@
 use super::*;
 use crate::metrics::Metrics;
 use crate::reference::{
-    Address, Auth, AuthMethod, Connection, Encoding, FilePath, FileSpec, Freshness, Identity, Method,
-    Ownership, Request, Subject, VolumeId, VolumeSpec,
+    Encoding, FilePath, FileSpec, Freshness, Method, Ownership, Request, VolumeId, VolumeSpec,
 };
 use crate::secret::SecretBytes;
 use crate::secret::pages::SecretMemory;
+use crate::store::scripted::identity;
 use crate::volume::{NewFile, Surroundings};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
@@ -29,21 +29,9 @@ impl Fixture {
             encoding: Encoding::Utf8,
             ownership: Ownership::default(),
         };
-        let connection = Connection {
-            addresses: vec![Address::parse("https://vault.test").unwrap()],
-            namespace: None,
-            ca: None,
-            server_name: None,
-            client_certificate: None,
-            skip_verify: false,
-            proxy: None,
-        };
-        let auth =
-            Auth { method: AuthMethod::Token, mount: String::new(), role: String::new(), audience: None };
-        let subject = Subject::Local("test".into());
         let spec = VolumeSpec {
             class: "test".into(),
-            identity: Arc::new(Identity { connection, auth, subject }),
+            identity: identity(),
             files: paths.iter().map(file).collect(),
             freshness: Freshness::default(),
             ownership: Ownership::default(),

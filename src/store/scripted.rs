@@ -137,15 +137,7 @@ impl Store for Scripted {
 /// An identity at a store that is never reached.
 pub(crate) fn identity() -> Arc<Identity> {
     Arc::new(Identity {
-        connection: Connection {
-            addresses: vec![Address::parse("https://store:8200").unwrap()],
-            namespace: None,
-            ca: None,
-            server_name: None,
-            client_certificate: None,
-            skip_verify: false,
-            proxy: None,
-        },
+        connection: Connection::to(vec![Address::parse("https://store:8200").unwrap()]),
         auth: Auth {
             method: AuthMethod::Kubernetes,
             mount: "kubernetes".into(),

@@ -202,15 +202,7 @@ async fn next_request(stream: &mut (impl AsyncRead + Unpin), buffer: &mut Vec<u8
 }
 
 pub(super) fn connection(urls: &[&str]) -> Connection {
-    Connection {
-        addresses: urls.iter().map(|url| Address::parse(url).unwrap()).collect(),
-        namespace: None,
-        ca: None,
-        server_name: None,
-        client_certificate: None,
-        skip_verify: false,
-        proxy: None,
-    }
+    Connection::to(urls.iter().map(|url| Address::parse(url).unwrap()).collect())
 }
 
 /// The service account `shop/web` with the role `web`.

@@ -140,15 +140,7 @@ impl Server {
             encoding: Encoding::Utf8,
             ownership: Ownership { uid: file.uid, gid: file.gid, mode: file.mode },
         };
-        let connection = Connection {
-            addresses: vec![Address::parse("http://127.0.0.1:1").unwrap()],
-            namespace: None,
-            ca: None,
-            server_name: None,
-            client_certificate: None,
-            skip_verify: false,
-            proxy: None,
-        };
+        let connection = Connection::to(vec![Address::parse("http://127.0.0.1:1").unwrap()]);
         let auth =
             Auth { method: AuthMethod::Token, mount: String::new(), role: String::new(), audience: None };
         let spec = VolumeSpec {

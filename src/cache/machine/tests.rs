@@ -11,8 +11,8 @@ use rand::rngs::SmallRng;
 use super::*;
 use crate::cache::State;
 use crate::cache::identity::Terms;
-use crate::reference::{Address, Auth, AuthMethod, Connection, Method, Request, Subject};
-use crate::store::{ErrorKind, Lease, StoreError};
+use crate::reference::{Method, Request, Subject};
+use crate::store::{ErrorKind, Lease, StoreError, scripted};
 
 const MINUTE: Duration = Duration::from_secs(60);
 const FOREVER: Terms = Terms { renewable: false, ttl: None };
@@ -22,24 +22,9 @@ fn seconds(n: u64) -> Duration {
 }
 
 fn identity(namespace: &str) -> Arc<Identity> {
-    Arc::new(Identity {
-        connection: Connection {
-            addresses: vec![Address::parse("https://store:8200").unwrap()],
-            namespace: None,
-            ca: None,
-            server_name: None,
-            client_certificate: None,
-            skip_verify: false,
-            proxy: None,
-        },
-        auth: Auth {
-            method: AuthMethod::Kubernetes,
-            mount: "kubernetes".into(),
-            role: "app".into(),
-            audience: None,
-        },
-        subject: Subject::ServiceAccount { namespace: namespace.into(), name: "app".into(), uid: "1".into() },
-    })
+    let subject =
+        Subject::ServiceAccount { namespace: namespace.into(), name: "app".into(), uid: "1".into() };
+    Arc::new(Identity { subject, ..Identity::clone(&scripted::identity()) })
 }
 
 fn key(identity: &Arc<Identity>, path: &str) -> Key {
