@@ -1,3 +1,5 @@
+use std::fs::File;
+
 use fuse_tests::agent::Command;
 use fuse_tests::wait::{SOON, until};
 
@@ -10,8 +12,10 @@ fn a_handler_that_panics_answers_eio_once_and_the_mount_lives_on() {
     assert_eq!(mounted.text("a"), "canary-in-a-panic");
     agent.ask(&Command::Panic { path: mounted.path().to_owned() }).unwrap();
     agent.install_texts(&mounted, &["new", "2"]);
-    // Some open or look-up takes the new version over, and announces it.
-    let error = until("the panic", SOON, || std::fs::read(mounted.join("a")).err());
+    // Some look-up, open or `fstat` takes the new version over, and announces it.
+    let path = mounted.join("a");
+    let touch = || File::open(&path).and_then(|file| file.metadata());
+    let error = until("the panic", SOON, || touch().err());
     assert_eq!(error.raw_os_error(), Some(libc::EIO));
     assert_eq!((mounted.text("a"), mounted.text("..data/b")), ("new".into(), "2".into()));
     assert_eq!(agent.metric("fs_panics_total"), 1);
