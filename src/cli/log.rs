@@ -12,8 +12,10 @@ use tracing_subscriber::{EnvFilter, Layer as _, fmt};
 use crate::secret::harden::{Measure, Outcome};
 
 /// Libraries that would log what goes over the wire, headers and bodies with tokens and secrets. Whatever filter is asked for,
-/// they are heard from warnings up only.
-const WIRE: [&str; 8] = ["h2", "hyper", "hyper_util", "hyper_rustls", "reqwest", "rustls", "tower", "axum"];
+/// they are heard from warnings up only. So is fuser, which would tell of the made-up INIT of [`crate::fuse::session`] as if it were
+/// the kernel's.
+const WIRE: [&str; 9] =
+    ["h2", "hyper", "hyper_util", "hyper_rustls", "reqwest", "rustls", "tower", "axum", "fuser"];
 
 /// How to log.
 #[derive(Args)]
