@@ -1,6 +1,6 @@
 //! `fuse-secrets dev`: the main job on an embedded default. Everything is real but the store, and that answers like one.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
 use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use rustix::fs::{FlockOperation, flock};
 use serde_json::json;
 
 use super::exit;
@@ -136,27 +137,33 @@ fn fill(store: &Embedded) -> Result<(), crate::dev::Refusal> {
 }
 
 /// The root token as a header file for curl, for this user only; gone with the command. The token is good for the embedded store
-/// alone, and for no longer than that lives.
-struct Header(PathBuf);
+/// alone, and for no longer than that lives. The file stays locked while the command runs: one that can be locked is left over.
+struct Header {
+    path: PathBuf,
+    _locked: File,
+}
 
 impl Header {
     fn write(home: &Path, store: &Embedded) -> io::Result<Self> {
         Self::clean(home)?;
         let path = home.join(format!("dev-{}.header", std::process::id()));
         let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path)?;
+        flock(&file, FlockOperation::NonBlockingLockExclusive)?;
         file.write_all(b"X-Vault-Token: ")?;
         file.write_all(store.root_token().expose().as_bytes())?;
         file.write_all(b"\n")?;
-        Ok(Self(path))
+        Ok(Self { path, _locked: file })
     }
 
     /// Removes what killed ones left.
     fn clean(home: &Path) -> io::Result<()> {
         for entry in std::fs::read_dir(home)?.flatten() {
             let name = entry.file_name();
-            let process = name.to_str().and_then(|name| name.strip_prefix("dev-")?.strip_suffix(".header"));
-            let process = process.and_then(|number| number.parse::<u32>().ok());
-            if process.is_some_and(|number| !Path::new(&format!("/proc/{number}")).exists()) {
+            if !name.to_str().is_some_and(|name| name.starts_with("dev-") && name.ends_with(".header")) {
+                continue;
+            }
+            let file = File::open(entry.path())?;
+            if flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
                 std::fs::remove_file(entry.path())?;
             }
         }
@@ -166,8 +173,8 @@ impl Header {
 
 impl Drop for Header {
     fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_file(&self.0) {
-            tracing::warn!(%error, path = %self.0.display(), "cannot remove the token's file");
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            tracing::warn!(%error, path = %self.path.display(), "cannot remove the token's file");
         }
     }
 }
@@ -175,7 +182,7 @@ impl Drop for Header {
 fn introduce(directory: &Path, store: &Embedded, header: &Header, interval: Duration) -> io::Result<()> {
     let at = |inside: &str| quoted(&directory.join(inside).display().to_string());
     let (root, password) = (quoted(&directory.display().to_string()), at("db-password"));
-    let header = quoted(&format!("@{}", header.0.display()));
+    let header = quoted(&format!("@{}", header.path.display()));
     let mut out = io::stdout().lock();
     writeln!(
         out,
