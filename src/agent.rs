@@ -289,17 +289,22 @@ impl Agent {
         &self.memory
     }
 
-    /// Unmounts everything, waits a moment for readers, drops the volumes and drains the cache. Blocks its thread for a few
-    /// system calls per mount: at the end of a process that runs out of threads, this must still work.
+    /// Unmounts everything, waits a moment for readers of them all, drops the volumes and drains the cache. Blocks its thread
+    /// for a few system calls per mount: at the end of a process that runs out of threads, this must still work.
     pub async fn shutdown(&self) {
-        for served in self.served() {
+        let all = self.served();
+        for served in &all {
             self.served.remove(served.volume().id());
             let path = served.mount.path().display();
             match served.mount.detach() {
                 Ok(()) => tracing::info!(%path, "unmounted"),
                 Err(error) => tracing::error!(%path, %error, "cannot unmount"),
             }
-            if tokio::time::timeout(DRAIN, served.ended()).await.is_err() {
+        }
+        let end = Instant::now() + DRAIN;
+        for served in all {
+            if tokio::time::timeout_at(end.into(), served.ended()).await.is_err() {
+                let path = served.mount.path().display();
                 tracing::warn!(%path, "files are still open; their readers get ENOTCONN");
             }
         }
