@@ -1,9 +1,12 @@
-//! What the privileged shim and the agent of fuse-secrets say to each other on a node: types and bytes, no I/O.
-//!
-//! Nothing speaks it yet: shim and agent use it from the next version on. It stands here first so that both are built on one
-//! definition, and so that the bytes of version 1 are recorded before anybody depends on them.
+//! What the privileged shim of fuse-secrets and its unprivileged agent share: the wire between them, and the port on which each
+//! tells how it is. The shim itself is the program beside this library (`main.rs`).
 
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used))]
 
-/// Frames, messages, limits.
+/// Frames, messages, limits, connections.
 pub mod wire;
+/// `/healthz`, `/readyz`, `/metrics` on one port.
+pub mod health;
+/// CSI and kubelet's plugin registration, as far as a node plugin needs them.
+#[cfg(feature = "shim")]
+pub mod proto;

@@ -18,6 +18,8 @@
 //!
 //! Reading never panics and takes nothing that is too long. No error repeats what was read: it may be a token.
 
+/// A connection that speaks them.
+pub mod link;
 /// The messages, by kind.
 pub mod message;
 

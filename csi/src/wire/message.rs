@@ -3,16 +3,21 @@
 //!
 //! | message | asked by | descriptors | answered |
 //! |---|---|---|---|
-//! | `Hello` | agent | | with itself |
-//! | `Publish` | shim | the mount's, unless the volume is served | when every file is there |
+//! | `Hello` | agent, observer | | with itself: who the shim is |
+//! | `Worker` | supervisor | the worker's pidfd | |
+//! | `Publish` | shim | the mount's, unless the volume is served | when every file is there and deposited |
 //! | `Unpublish` | shim | | |
-//! | `Adopt` | shim | the mount's, then its generations', oldest first | |
-//! | `Deposit` | agent | one generation's | |
-//! | `Drain` | shim | | when nothing is read any more |
+//! | `Adopt` | both | the mount's, then those of `parts` in their order | when it is served, or kept |
+//! | `Deposit` | worker | the part's | when it is kept |
+//! | `Drain` | shim | | when nothing of the volume is read any more |
 //! | `Stats` | shim | | with itself |
-//! | `Poke` | agent | | when all watchers were told |
-//! | `WhoIs` | agent | | with itself |
-//! | `Event` | agent | | |
+//! | `Poke` | worker | | when all watchers were told |
+//! | `WhoIs` | worker | | with itself |
+//! | `Event` | worker | | |
+//! | `Volumes` | observer | | with itself |
+//! | `Abort` | observer | | when the volume is gone |
+//!
+//! An observer is a process of root's that only looks: `fuse-secrets mounts --from-shim`.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -85,16 +90,128 @@ macro_rules! messages {
     };
 }
 
+/// Who says Hello.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// The agent's first process, which starts workers and announces them.
+    Supervisor,
+    /// The agent's second process, which serves.
+    Worker,
+    /// The shim, in its answer.
+    Shim,
+    /// Root, looking.
+    Observer,
+    /// Whoever a newer program means: gets nothing.
+    #[default]
+    #[serde(other)]
+    Unknown,
+}
+
+/// How requests survive the death of the agent that had read them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Handover {
+    /// The successor has them sent again (`FUSE_NOTIFY_RESEND`). Kernels without its bugs.
+    Resend,
+    /// They end with ECONNABORTED: each agent reads a clone of its own. Any kernel.
+    #[default]
+    #[serde(other)]
+    Clone,
+}
+
+/// A piece of a volume's state: what lies in a memory file. In a frame it is a word: `record`, `opens`, or a generation's number.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(from = "String", into = "String")]
+pub enum Part {
+    /// Of a newer program: kept and passed on, not read.
+    #[default]
+    Other,
+    /// What the volume asked for, and its token.
+    Record,
+    /// What is open and shown, shared by whoever serves. No secrets.
+    Opens,
+    /// One generation's files with this number.
+    Generation(u32),
+}
+
+impl From<String> for Part {
+    fn from(word: String) -> Self {
+        match word.as_str() {
+            "record" => Self::Record,
+            "opens" => Self::Opens,
+            number => number.parse().map_or(Self::Other, Self::Generation),
+        }
+    }
+}
+
+impl From<Part> for String {
+    fn from(part: Part) -> Self {
+        match part {
+            Part::Other => "other".to_owned(),
+            Part::Record => "record".to_owned(),
+            Part::Opens => "opens".to_owned(),
+            Part::Generation(number) => number.to_string(),
+        }
+    }
+}
+
+/// What an observer sees of a volume; times in milliseconds.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct VolumeStatus {
+    /// The volume.
+    pub volume: String,
+    /// Where it is mounted.
+    pub target: String,
+    /// `namespace/name` of the pod.
+    pub pod: String,
+    /// `serving`, `handing_over`, `waiting` (for an agent), `failing` (readers get EIO), `dead`.
+    pub state: String,
+    /// Which agent serves it, counted from 1 since the shim started; 0: none.
+    pub agent: u64,
+    /// Whether readers wait and nobody reads their requests.
+    pub waiting: bool,
+    /// Newest generation deposited; 0: none.
+    pub generation: u32,
+    /// Parts that are kept.
+    pub parts: usize,
+}
+
+/// What an observer sees of an agent.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct AgentStatus {
+    /// Counted from 1 since the shim started.
+    pub agent: u64,
+    /// Its process id; 0: it is gone.
+    pub pid: u32,
+    /// Its program and version.
+    pub program: String,
+    /// `serving`, `standby`, or how it ended: `killed by signal 9`, `exited with 0`, `hung and was killed`.
+    pub state: String,
+    /// When it attached, RFC 3339.
+    pub since: String,
+}
+
 messages! {
-    /// Who speaks; an agent that says it can serve.
+    /// Who speaks; a worker that says it can serve.
     1 Hello {
         /// Program and version, for people.
         program: String,
+        /// As what.
+        role: Role,
+        /// Of the shim: how requests survive.
+        handover: Handover,
+        /// Of the shim: the number that this agent has among all that attached since the shim started; from 1.
+        agent: u64,
     }
     /// A volume is to be served, or a served one has newer tokens.
     2 Publish {
         /// The volume's name on this node.
         volume: String,
+        /// Where it will be mounted, for people.
+        target: String,
         /// Name, uid, namespace, service account: what kubelet says of the pod (`csi.storage.k8s.io/...`).
         pod: BTreeMap<String, String>,
         /// `volumeAttributes` of the pod's spec.
@@ -110,25 +227,38 @@ messages! {
         /// The volume.
         volume: String,
     }
-    /// A volume that an earlier agent served is yours.
+    /// A volume that an earlier agent served is yours to serve; or, asked by a worker after the shim restarted, yours to keep.
     4 Adopt {
         /// The volume.
         volume: String,
+        /// Where it is mounted.
+        target: String,
+        /// `namespace/name` of the pod.
+        pod: String,
+        /// What the descriptors after the first one are.
+        parts: Vec<Part>,
+        /// How often an agent died while it adopted this volume: from 1 on, do not trust its state.
+        attempts: u32,
     }
-    /// Keep this generation for my successor.
+    /// Keep this part for my successor; it takes the place of an earlier one of the same kind and number.
     5 Deposit {
         /// The volume.
         volume: String,
-        /// The generation's number.
-        generation: u32,
+        /// Which part comes along.
+        part: Part,
         /// Generations that need not be kept any more.
         gone: Vec<u32>,
     }
-    /// Read no more requests, finish those that were read, and leave: a successor is ready.
-    6 Drain {}
+    /// Read no more requests of this volume, finish those that were read, let go of it, and be ready to get it back.
+    6 Drain {
+        /// The volume.
+        volume: String,
+    }
     /// How are you? An agent that does not answer in time is taken for hung.
     7 Stats {
-        /// Counters by name.
+        /// One volume's numbers instead of the agent's own; empty: the agent's.
+        volume: String,
+        /// Counters by name; of a volume: `bytes`, `files`.
         counters: BTreeMap<String, u64>,
     }
     /// Tell who watches these files that they changed.
@@ -159,6 +289,20 @@ messages! {
         reason: String,
         /// What happened and what to change.
         text: String,
+    }
+    /// The process whose pidfd comes along is my worker.
+    11 Worker {}
+    /// What is kept, and who serves it.
+    12 Volumes {
+        /// The volumes.
+        volumes: Vec<VolumeStatus>,
+        /// The agents that are attached, and the last that ended.
+        agents: Vec<AgentStatus>,
+    }
+    /// End a volume: its readers get an error, its mount goes.
+    13 Abort {
+        /// The volume.
+        volume: String,
     }
     /// Done.
     128 Done {

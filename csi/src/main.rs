@@ -1,0 +1,2 @@
+//! The shim: kubelet's side of fuse-secrets.
+fn main() {}
