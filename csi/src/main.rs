@@ -1,2 +1,4 @@
 //! The shim: kubelet's side of fuse-secrets.
+/// k
+pub mod keeper;
 fn main() {}
