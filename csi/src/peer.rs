@@ -7,7 +7,6 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tokio::net::UnixStream;
 
 use crate::sys;
@@ -45,9 +44,7 @@ impl Peer {
     pub fn of(socket: &UnixStream) -> io::Result<Self> {
         let invisible = || io::Error::other("the peer is not in this process table; the shim's pod needs hostPID");
         let raw = socket.peer_cred()?.pid().filter(|pid| *pid > 0).ok_or_else(invisible)?;
-        let pid = Pid::from_raw(raw).ok_or_else(invisible)?;
-        // Before Linux 6.5 there is a moment in which the number may already be another process's.
-        let pidfd = sys::peer_pidfd(socket.as_fd()).or_else(|_| pidfd_open(pid, PidfdFlags::empty()))?;
+        let pidfd = sys::peer_pidfd(socket.as_fd())?;
         let read = |file: &str| fs::read_to_string(format!("/proc/{raw}/{file}"));
         let status = status(&read("status")?).ok_or_else(|| io::Error::other("/proc/PID/status is not as expected"))?;
         let cgroup = read("cgroup")?;
@@ -141,6 +138,8 @@ fn pinned(info: &str) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use std::process::{Command, Stdio};
+
+    use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
     use super::*;
 
