@@ -97,7 +97,8 @@ fn answer(failing: &Failing, stop: BorrowedFd<'_>, resend: bool, metrics: &Metri
         return;
     }
     let mut buffer = vec![0; BUFFER];
-    let mut files: Vec<(&Name, BorrowedFd<'_>)> = failing.iter().map(|(name, file)| (name, file.as_fd())).collect();
+    let mut files: Vec<(&Name, BorrowedFd<'_>)> =
+        failing.iter().map(|(name, file)| (name, file.as_fd())).collect();
     if resend {
         for (volume, file) in &files {
             if let Err(error) = reply(*file, RESEND, 0) {
@@ -138,8 +139,9 @@ fn one(volume: &str, file: BorrowedFd<'_>, buffer: &mut [u8], metrics: &Metrics)
         }
     };
     // fuse_in_header: length, opcode, unique.
-    let Some(([_, _, _, _, o0, o1, o2, o3], [u0, u1, u2, u3, u4, u5, u6, u7])) =
-        buffer[..read].split_first_chunk::<8>().and_then(|(head, rest)| Some((head, rest.first_chunk::<8>()?)))
+    let Some(([_, _, _, _, o0, o1, o2, o3], [u0, u1, u2, u3, u4, u5, u6, u7])) = buffer[..read]
+        .split_first_chunk::<8>()
+        .and_then(|(head, rest)| Some((head, rest.first_chunk::<8>()?)))
     else {
         return true;
     };

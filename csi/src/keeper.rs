@@ -135,7 +135,9 @@ impl State {
     #[must_use]
     pub fn agent(self) -> u64 {
         match self {
-            Self::Publishing(agent) | Self::Served(agent) | Self::Draining(agent) | Self::Adopting(agent) => agent,
+            Self::Publishing(agent) | Self::Served(agent) | Self::Draining(agent) | Self::Adopting(agent) => {
+                agent
+            }
             Self::Unclaimed | Self::Waiting | Self::Failing | Self::Hushing => 0,
         }
     }
@@ -207,7 +209,8 @@ impl Machine {
                 }
             }
             Event::Left(agent) => {
-                if let Some(agent) = self.agents.get_mut(&agent).filter(|a| a.standing == Standing::Attached) {
+                if let Some(agent) = self.agents.get_mut(&agent).filter(|a| a.standing == Standing::Attached)
+                {
                     agent.standing = Standing::Leaving;
                 }
             }
@@ -313,7 +316,8 @@ impl Machine {
     /// Whether living agents hold everything, so that the shim may go.
     #[must_use]
     pub fn is_safe(&self) -> bool {
-        let attached = |agent| self.agents.get(&agent).is_some_and(|agent| agent.standing == Standing::Attached);
+        let attached =
+            |agent| self.agents.get(&agent).is_some_and(|agent| agent.standing == Standing::Attached);
         self.volumes.values().all(|volume| match volume.state {
             State::Served(agent) => attached(agent),
             State::Unclaimed => true,
@@ -341,12 +345,14 @@ impl Machine {
             (volume.state, volume.retry, volume.urgent) = (State::Waiting, now, urgent.contains(name));
         }
         let gone = |(_, agent): &(&u64, &Agent)| agent.standing == Standing::Gone;
-        let ended: Vec<u64> = self.agents.iter().rev().filter(gone).skip(MOST_GONE).map(|(id, _)| *id).collect();
+        let ended: Vec<u64> =
+            self.agents.iter().rev().filter(gone).skip(MOST_GONE).map(|(id, _)| *id).collect();
         self.agents.retain(|id, _| !ended.contains(id));
     }
 
     fn kill(&mut self, agent: u64, actions: &mut Vec<Action>) {
-        let Some(it) = self.agents.get_mut(&agent).filter(|it| it.standing != Standing::Gone && !it.killed) else {
+        let Some(it) = self.agents.get_mut(&agent).filter(|it| it.standing != Standing::Gone && !it.killed)
+        else {
             return;
         };
         (it.standing, it.killed) = (Standing::Leaving, true);

@@ -70,7 +70,9 @@ mod tests {
         metrics.publishes.increment();
         metrics.volumes.set(7);
         let text = metrics.text();
-        assert!(text.contains("# TYPE fuse_secrets_csi_publishes_total counter\nfuse_secrets_csi_publishes_total 1\n"));
+        assert!(text.contains(
+            "# TYPE fuse_secrets_csi_publishes_total counter\nfuse_secrets_csi_publishes_total 1\n"
+        ));
         assert!(text.contains("# TYPE fuse_secrets_csi_volumes gauge\nfuse_secrets_csi_volumes 7\n"));
     }
 }

@@ -42,11 +42,13 @@ impl Peer {
     /// # Errors
     /// It is gone, or not in the shim's process table (is the shim's pod without hostPID?).
     pub fn of(socket: &UnixStream) -> io::Result<Self> {
-        let invisible = || io::Error::other("the peer is not in this process table; the shim's pod needs hostPID");
+        let invisible =
+            || io::Error::other("the peer is not in this process table; the shim's pod needs hostPID");
         let raw = socket.peer_cred()?.pid().filter(|pid| *pid > 0).ok_or_else(invisible)?;
         let pidfd = sys::peer_pidfd(socket.as_fd())?;
         let read = |file: &str| fs::read_to_string(format!("/proc/{raw}/{file}"));
-        let status = status(&read("status")?).ok_or_else(|| io::Error::other("/proc/PID/status is not as expected"))?;
+        let status = status(&read("status")?)
+            .ok_or_else(|| io::Error::other("/proc/PID/status is not as expected"))?;
         let cgroup = read("cgroup")?;
         let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/pid"));
         let is_init = status.innermost == 1 && namespace(&raw.to_string())? != namespace("self")?;
@@ -66,7 +68,9 @@ impl Peer {
         }
         match &rule.cgroup {
             Some(path) if !is_within(&self.cgroup, path) => Err(format!("not in the cgroup {path}")),
-            None if !self.is_init => Err("not the first process of a container (or set --agent-cgroup)".to_owned()),
+            None if !self.is_init => {
+                Err("not the first process of a container (or set --agent-cgroup)".to_owned())
+            }
             _ => Ok(()),
         }
     }
@@ -122,10 +126,13 @@ fn status(text: &str) -> Option<Status> {
 
 /// Whether a `/proc/PID/cgroup` names this cgroup or one below it, in any hierarchy.
 fn is_within(cgroups: &str, path: &str) -> bool {
+    if !path.starts_with('/') {
+        return false;
+    }
     let path = path.trim_end_matches('/');
     cgroups.lines().filter_map(|line| line.splitn(3, ':').nth(2)).any(|cgroup| {
         let below = cgroup.strip_prefix(path);
-        !path.is_empty() && below.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        below.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
     })
 }
 
@@ -156,7 +163,12 @@ mod tests {
         let text = "Name:\tx y\nPid:\t70\nPPid:\t60\nUid:\t1\t2\t3\t4\nGid:\t9\t9\t9\t9\nNSpid:\t70\t8\t1\n";
         let status = super::status(text).unwrap();
         assert_eq!((status.uid, status.parent, status.innermost), (2, 60, 1));
-        for broken in ["", "Uid:\t1\nPPid:\t1\nNSpid:\t1\n", "PPid:\tx\nUid:\t1\t2\t3\t4\nNSpid:\t1\n", "Uid\nPPid\nNSpid"] {
+        for broken in [
+            "",
+            "Uid:\t1\nPPid:\t1\nNSpid:\t1\n",
+            "PPid:\tx\nUid:\t1\t2\t3\t4\nNSpid:\t1\n",
+            "Uid\nPPid\nNSpid",
+        ] {
             assert!(super::status(broken).is_none(), "{broken}");
         }
     }
@@ -164,10 +176,10 @@ mod tests {
     #[test]
     fn a_cgroup_is_itself_or_below_never_a_longer_name() {
         let cgroups = "8:memory:/other\n0::/kubepods/pod1/agent:x\n";
-        for path in ["/kubepods", "/kubepods/pod1/", "/kubepods/pod1/agent:x", "/other"] {
+        for path in ["/", "/kubepods", "/kubepods/pod1/", "/kubepods/pod1/agent:x", "/other"] {
             assert!(is_within(cgroups, path), "{path}");
         }
-        for path in ["/kubepods/pod", "/kubepods/pod1/agent:x/y", "/", "", "kubepods"] {
+        for path in ["/kubepods/pod", "/kubepods/pod1/agent:x/y", "", "kubepods"] {
             assert!(!is_within(cgroups, path), "{path}");
         }
     }

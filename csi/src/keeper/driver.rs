@@ -286,7 +286,9 @@ impl Keeper {
         self.0.changed.send_replace(());
         for action in actions {
             match action {
-                Action::Adopt(volume, by, attempts) => drop(tokio::spawn(self.clone().adopt(volume, by, attempts))),
+                Action::Adopt(volume, by, attempts) => {
+                    drop(tokio::spawn(self.clone().adopt(volume, by, attempts)))
+                }
                 Action::Drain(volume, at) => drop(tokio::spawn(self.clone().drain(volume, at))),
                 Action::Kill(agent) => self.kill(agent),
                 Action::Gap => {
@@ -303,7 +305,9 @@ impl Keeper {
         let asked = {
             let kept = self.kept();
             let held = kept.volumes.get(&volume);
-            kept.link(by).zip(held).map(|(link, held)| (link, held.estate(&volume, attempts, self.0.settings.handover)))
+            kept.link(by)
+                .zip(held)
+                .map(|(link, held)| (link, held.estate(&volume, attempts, self.0.settings.handover)))
         };
         let Some((link, estate)) = asked else { return };
         let outcome = match estate {
@@ -358,13 +362,20 @@ impl Keeper {
     fn gap(&self) {
         let named = |wanted| -> Vec<Name> {
             let kept = self.kept();
-            kept.machine.states().filter(|(_, state)| *state == wanted).map(|(name, _)| name.clone()).collect()
+            kept.machine
+                .states()
+                .filter(|(_, state)| *state == wanted)
+                .map(|(name, _)| name.clone())
+                .collect()
         };
         // In this order: what is to be quiet now is not among those that are answered for.
         let (quiet, failing) = (named(State::Hushing), named(State::Failing));
         let files = {
             let kept = self.kept();
-            failing.into_iter().filter_map(|name| Some((name.clone(), kept.volumes.get(&name)?.fuse.clone()))).collect()
+            failing
+                .into_iter()
+                .filter_map(|name| Some((name.clone(), kept.volumes.get(&name)?.fuse.clone())))
+                .collect()
         };
         match self.0.gap.answer(files) {
             Ok(()) => quiet.into_iter().for_each(|volume| self.apply(Event::Quiet(volume))),
@@ -382,7 +393,9 @@ fn why(answer: Result<Message, AskError>) -> Refusal {
         }
         Ok(_) => Refusal::new(code::INTERNAL, "the agent answered something else"),
         Err(AskError::Fault(fault)) => Refusal::new(code::INVALID_ARGUMENT, fault),
-        Err(error) => Refusal::new(code::UNAVAILABLE, format!("the agent gave no answer: {error}; tried again soon")),
+        Err(error) => {
+            Refusal::new(code::UNAVAILABLE, format!("the agent gave no answer: {error}; tried again soon"))
+        }
     }
 }
 

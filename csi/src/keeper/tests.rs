@@ -102,7 +102,8 @@ impl World {
     }
 
     fn look(&mut self) {
-        let all = |wanted| self.machine.states().filter(move |(_, s)| *s == wanted).map(|(name, _)| name.clone());
+        let all =
+            |wanted| self.machine.states().filter(move |(_, s)| *s == wanted).map(|(name, _)| name.clone());
         self.answering = all(State::Failing).collect();
         for quiet in all(State::Hushing).collect::<Vec<_>>() {
             self.handle(Event::Quiet(quiet));
@@ -206,7 +207,11 @@ fn a_worker_that_dies_while_it_adopts_raises_the_attempts_of_that_volume_only() 
     world.told.clear();
     world.die(third);
     let fourth = world.attach();
-    assert_eq!(world.told, [adopt("a", fourth, 1), adopt("b", fourth, 0)], "an adoption that worked is forgiven");
+    assert_eq!(
+        world.told,
+        [adopt("a", fourth, 1), adopt("b", fourth, 0)],
+        "an adoption that worked is forgiven"
+    );
 }
 
 #[test]
@@ -237,13 +242,23 @@ fn a_newer_agent_gets_a_volume_only_when_the_older_one_has_let_go() {
     assert_eq!(world.told.len(), MOST_MOVING);
     assert!(world.told.iter().all(|told| matches!(told, Action::Drain(_, agent) if *agent == first)));
     world.act(0, false);
-    assert_eq!(world.told.iter().filter(|told| matches!(told, Action::Adopt(_, agent, 0) if *agent == second)).count(), 1);
+    assert_eq!(
+        world
+            .told
+            .iter()
+            .filter(|told| matches!(told, Action::Adopt(_, agent, 0) if *agent == second))
+            .count(),
+        1
+    );
     while !world.told.is_empty() {
         world.act(0, false);
     }
     assert!(world.machine.states().all(|(_, state)| state == State::Served(second)));
     world.die(second);
-    assert!(world.told.iter().all(|told| matches!(told, Action::Adopt(_, agent, 0) if *agent == first)), "the standby");
+    assert!(
+        world.told.iter().all(|told| matches!(told, Action::Adopt(_, agent, 0) if *agent == first)),
+        "the standby"
+    );
     assert_eq!(world.told.len(), 20);
 }
 

@@ -16,8 +16,9 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::timeout;
 
 use super::{Agent, Held, Keeper, Refusal, Settings, answer, code, hold};
-use crate::keeper::{About, Event, MOST_AGENTS, SILENCE, State};
+use crate::keeper::{About, Event, MOST_AGENTS, Name, SILENCE, State};
 use crate::peer::{Peer, pid_of};
+use crate::sys;
 
 /// Supervisors, workers, observers, and those who turn out to be nobody; more wait in the socket.
 const MOST_CONNECTIONS: usize = 16;
@@ -126,7 +127,13 @@ impl Keeper {
         Ok(())
     }
 
-    fn announced(&self, supervisor: u64, pid: u32, worker: Worker, pidfds: &[OwnedFd]) -> Result<(), Refusal> {
+    fn announced(
+        &self,
+        supervisor: u64,
+        pid: u32,
+        worker: Worker,
+        pidfds: &[OwnedFd],
+    ) -> Result<(), Refusal> {
         let [pidfd] = pidfds else { return Err(Refusal::new(code::INVALID_ARGUMENT, "not one pidfd")) };
         let new = pid_of(pidfd.as_fd()).map_err(|error| Refusal::new(code::INVALID_ARGUMENT, error))?;
         if !worker.ended.is_empty() {
@@ -147,18 +154,18 @@ impl Keeper {
         reply: Reply,
     ) -> Result<(), String> {
         let since = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
-        let mut about = About { pid: peer.pid, supervisor: peer.parent, program, since };
+        let pid = peer.pid;
+        let mut about = About { pid, supervisor: peer.parent, program, since };
         about.program.truncate(about.program.floor_char_boundary(64));
-        let pidfd = AsyncFd::new(peer.pidfd.try_clone().map_err(|error| error.to_string())?);
-        let pidfd = pidfd.map_err(|error| error.to_string())?;
+        let pidfd = peer.pidfd.try_clone().and_then(sys::watch).map_err(|error| error.to_string())?;
         let mut reply = Some(reply);
         let mut number = 0;
         let admitted = self.apply_if(|kept| {
-            let announced = |supervisor: &&Supervisor| supervisor.worker == Some(peer.pid);
+            let announced = |supervisor: &&Supervisor| supervisor.worker == Some(pid);
             let supervisor = kept.supervisors.values().find(announced);
             let supervisor = supervisor.ok_or("no supervisor that is connected announced this process")?;
             peer.may_work_for(&supervisor.peer, supervisor.worker)?;
-            if !kept.machine.admits(peer.pid) {
+            if !kept.machine.admits(pid) {
                 return Err("it is attached already, or too many agents are");
             }
             number = kept.number();
@@ -172,7 +179,7 @@ impl Keeper {
         if let (Err(why), Some(reply)) = (admitted, reply) {
             return refuse(reply, why.to_owned());
         }
-        tracing::info!(agent = number, pid = peer.pid, "an agent is attached");
+        tracing::info!(agent = number, pid, "an agent is attached");
         tokio::spawn(self.clone().outlive(number, pidfd));
         tokio::spawn(self.clone().heartbeats(number, link.clone()));
         while let Some(Asked { message, descriptors, reply }) = asked.recv().await {
@@ -226,7 +233,7 @@ impl Keeper {
         let parts = parts.into_iter().zip(descriptors).collect();
         let held = Held { fuse: Arc::new(fuse), parts, target, pod };
         self.apply_if(|kept| {
-            let name = volume.into();
+            let name = Name::from(volume);
             if kept.machine.state(&name) != Some(State::Unclaimed) {
                 let text = format!("{name} is not a mount that waits to be given back");
                 return Err(Refusal::new(code::FAILED_PRECONDITION, text));
@@ -242,7 +249,9 @@ impl Keeper {
             let text = format!("{} is not served by this agent", deposit.volume);
             return Err(Refusal::new(code::FAILED_PRECONDITION, text));
         }
-        let ([file], Some(held)) = (<[OwnedFd; 1]>::try_from(files), kept.volumes.get_mut(&*deposit.volume)) else {
+        let (Ok([file]), Some(held)) =
+            (<[OwnedFd; 1]>::try_from(files), kept.volumes.get_mut(&*deposit.volume))
+        else {
             return Err(Refusal::new(code::INVALID_ARGUMENT, "a part is one descriptor"));
         };
         match held.deposit(deposit.part, file, &deposit.gone) {

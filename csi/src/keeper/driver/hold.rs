@@ -11,8 +11,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::sys;
 
-/// Character device 10:229.
-const FUSE: u64 = rustix::fs::makedev(10, 229);
+/// Major and minor number of /dev/fuse.
+const FUSE: (u32, u32) = (10, 229);
 
 pub(super) struct Held {
     pub(super) fuse: Arc<OwnedFd>,
@@ -84,7 +84,8 @@ pub(super) fn lend(fuse: BorrowedFd<'_>, handover: Handover) -> io::Result<Owned
 /// What the shim keeps of what an agent read a connection by. It must not be that agent's own clone: kept, it would turn
 /// the end of its requests in flight into a hang.
 pub(super) fn keep(lent: OwnedFd, handover: Handover) -> io::Result<OwnedFd> {
-    if rustix::fs::fstat(&lent)?.st_rdev != FUSE {
+    let is = rustix::fs::fstat(&lent)?.st_rdev;
+    if (rustix::fs::major(is), rustix::fs::minor(is)) != FUSE {
         return Err(io::Error::other("not a descriptor of /dev/fuse"));
     }
     match handover {

@@ -110,7 +110,8 @@ impl Keeper {
         let agent = self.forget(&volume);
         let name = Name::clone(&volume);
         blocking(move || {
-            let failed = |error: io::Error| Refusal::new(code::INTERNAL, format!("cannot abort {name}: {error}"));
+            let failed =
+                |error: io::Error| Refusal::new(code::INTERNAL, format!("cannot abort {name}: {error}"));
             let ours = mountinfo::read().map_err(failed)?;
             for entry in ours.iter().filter(|entry| entry.volume() == Some(&name)) {
                 let flags = UnmountFlags::FORCE | UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
@@ -197,12 +198,14 @@ impl Keeper {
         dead: Option<Device>,
     ) -> Result<Vec<String>, Refusal> {
         let serving = |kept: &Kept| kept.machine.serving().and_then(|agent| Some((agent, kept.link(agent)?)));
-        let none = || Refusal::new(code::UNAVAILABLE, "no agent is attached; see the agent's pod on this node");
+        let none =
+            || Refusal::new(code::UNAVAILABLE, "no agent is attached; see the agent's pod on this node");
         let (agent, link) = self.until(Instant::now() + AGENT, serving).await.ok_or_else(none)?;
         let (inner, volume) = (Arc::clone(&self.0), Name::clone(name));
         let made = blocking(move || {
             let failed = |error: &dyn ToString| Refusal::new(code::INTERNAL, error.to_string());
-            let (fuse, mount) = mount::create(&volume, &inner.settings.mount).map_err(|error| failed(&error))?;
+            let (fuse, mount) =
+                mount::create(&volume, &inner.settings.mount).map_err(|error| failed(&error))?;
             let lent = hold::lend(fuse.as_fd(), inner.settings.handover).map_err(|error| failed(&error))?;
             Ok((fuse, mount, lent))
         });
@@ -236,7 +239,9 @@ impl Keeper {
         let inner = Arc::clone(&self.0);
         let target = blocking(move || {
             let failed = |error: &dyn ToString| Refusal::new(code::INTERNAL, error.to_string());
-            let made = target.create().map_err(|error| failed(&format!("cannot make {:?}: {error}", target.path())))?;
+            let made = target
+                .create()
+                .map_err(|error| failed(&format!("cannot make {:?}: {error}", target.path())))?;
             if let Err(error) = mount.attach(&target) {
                 if made && let Err(error) = target.remove() {
                     tracing::warn!(target = ?target.path(), %error, "left behind");
@@ -286,7 +291,8 @@ impl Keeper {
             // Who has or awaits a turn has a reference of its own.
             turns.retain(|_, turn| Arc::strong_count(turn) > 1);
             if turns.len() >= MOST_CALLS && !turns.contains_key(name) {
-                let text = format!("{MOST_CALLS} volumes are worked on at once, which is the limit; try again");
+                let text =
+                    format!("{MOST_CALLS} volumes are worked on at once, which is the limit; try again");
                 return Err(Refusal::new(code::RESOURCE_EXHAUSTED, text));
             }
             Arc::clone(turns.entry(Name::clone(name)).or_default())
