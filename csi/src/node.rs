@@ -114,7 +114,12 @@ impl<V: Volumes> csi::node_server::Node for Node<V> {
             };
             let (volume, pod) = (publish.volume.clone(), pod(&publish.pod));
             if dropped > 0 {
-                tracing::warn!(volume, pod, entries = dropped, "dropped what nodePublishSecretRef names: nothing reads it");
+                tracing::warn!(
+                    volume,
+                    pod,
+                    entries = dropped,
+                    "dropped what nodePublishSecretRef names: nothing reads it"
+                );
             }
             let done = volumes.publish(publish).await;
             for warning in done.iter().flatten() {
@@ -150,13 +155,16 @@ impl<V: Volumes> csi::node_server::Node for Node<V> {
         let csi::NodeGetVolumeStatsRequest { volume_id, volume_path } = request.into_inner();
         check(&volume_id, "volume_path", &volume_path)?;
         let asked = tokio::time::timeout(STATS, self.volumes.stats(&volume_id)).await;
-        let late = |_| Status::deadline_exceeded("the agent does not say what the volume holds; see the agent's log");
+        let late = |_| {
+            Status::deadline_exceeded("the agent does not say what the volume holds; see the agent's log")
+        };
         let VolumeStats { bytes, files, fault } = asked.map_err(late)?.map_err(status)?;
         let usage = [(bytes, Unit::Bytes), (files, Unit::Inodes)].map(|(count, unit)| {
             let used = i64::try_from(count).unwrap_or(i64::MAX);
             csi::VolumeUsage { available: 0, total: used, used, unit: unit.into() }
         });
-        let condition = csi::VolumeCondition { abnormal: fault.is_some(), message: fault.unwrap_or_default() };
+        let condition =
+            csi::VolumeCondition { abnormal: fault.is_some(), message: fault.unwrap_or_default() };
         tracing::debug!(volume = volume_id, abnormal = condition.abnormal, "NodeGetVolumeStats: done");
         let volume_condition = Some(condition);
         Ok(Response::new(csi::NodeGetVolumeStatsResponse { usage: usage.into(), volume_condition }))
@@ -193,12 +201,15 @@ fn read(request: csi::NodePublishVolumeRequest) -> Result<(Publish, usize), Stat
         Some(AccessType::Block(_)) => {
             return Err(invalid("volume_capability.block", "secrets are files, not a device; ask for mount"));
         }
-        None => return Err(invalid("volume_capability", "is missing or names no access type; ask for mount")),
+        None => {
+            return Err(invalid("volume_capability", "is missing or names no access type; ask for mount"));
+        }
     };
     let tokens = first.or(second).unwrap_or_default();
     let bytes = tokens.len() + context.iter().map(|(key, value)| key.len() + value.len()).sum::<usize>();
     if bytes > MOST_CONTEXT {
-        let rule = format!("is longer than {MOST_CONTEXT} bytes in all; shorten the volume's volumeAttributes");
+        let rule =
+            format!("is longer than {MOST_CONTEXT} bytes in all; shorten the volume's volumeAttributes");
         return Err(invalid("volume_context", &rule));
     }
     let (pod, attributes): (BTreeMap<_, _>, _) =
@@ -219,7 +230,9 @@ fn read(request: csi::NodePublishVolumeRequest) -> Result<(Publish, usize), Stat
 fn check(volume: &str, field: &str, path: &str) -> Result<(), Status> {
     let safe = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
     if volume.is_empty() || volume.len() > LONGEST_VOLUME || !volume.bytes().all(safe) {
-        let rule = format!("must be 1 to {LONGEST_VOLUME} letters, digits, dashes, underscores and dots; kubelet gives it");
+        let rule = format!(
+            "must be 1 to {LONGEST_VOLUME} letters, digits, dashes, underscores and dots; kubelet gives it"
+        );
         return Err(invalid("volume_id", &rule));
     }
     if path.is_empty() || path.len() > LONGEST_PATH {
@@ -255,7 +268,10 @@ fn tokens(json: &str) -> Result<BTreeMap<String, Secret>, Status> {
     }
     let issued: Result<BTreeMap<String, Issued>, _> = serde_json::from_str(json);
     let issued = issued.map_err(|_| {
-        invalid(TOKENS, "must be a JSON object of tokens by audience; kubelet gives it, by the CSIDriver's tokenRequests")
+        invalid(
+            TOKENS,
+            "must be a JSON object of tokens by audience; kubelet gives it, by the CSIDriver's tokenRequests",
+        )
     })?;
     Ok(issued.into_iter().map(|(audience, issued)| (audience, issued.token)).collect())
 }

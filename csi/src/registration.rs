@@ -59,13 +59,12 @@ impl Plugin {
         let services = Routes::new(RegistrationServer::new(self));
         loop {
             let listener = rpc::listen(&path)?;
-            let ours = inode(&path).await?;
             tracing::info!(socket = %path.display(), "waiting for kubelet");
             tokio::select! {
                 served = rpc::serve(listener, services.clone(), std::future::pending()) => {
                     served.map_err(io::Error::other)?;
                 }
-                () = gone(&path, ours) => tracing::warn!(socket = %path.display(), "vanished; made again"),
+                () = gone(&path) => tracing::warn!(socket = %path.display(), "vanished; made again"),
             }
         }
     }
@@ -101,15 +100,18 @@ impl Registration for Plugin {
 }
 
 /// Returns when another file stands at `path`, or none.
-async fn gone(path: &Path, ours: (u64, u64)) {
-    let mut look = tokio::time::interval(LOOK);
-    while inode(path).await.is_ok_and(|found| found == ours) {
-        look.tick().await;
+async fn gone(path: &Path) {
+    let ours = inode(path).await;
+    loop {
+        tokio::time::sleep(LOOK).await;
+        if ours.is_none() || inode(path).await != ours {
+            return;
+        }
     }
 }
 
-async fn inode(path: &Path) -> io::Result<(u64, u64)> {
+async fn inode(path: &Path) -> Option<(u64, u64)> {
     let path = PathBuf::from(path);
-    let found = tokio::task::spawn_blocking(move || path.symlink_metadata()).await??;
-    Ok((found.dev(), found.ino()))
+    let found = tokio::task::spawn_blocking(move || path.symlink_metadata()).await.ok()?.ok()?;
+    Some((found.dev(), found.ino()))
 }
