@@ -77,8 +77,9 @@ pub trait Volumes: Clone + Send + Sync + 'static {
     fn publish(&self, publish: Publish) -> impl Future<Output = Result<Vec<String>, Refusal>> + Send;
     /// Makes it be gone. One that never was is gone.
     fn unpublish(&self, volume: &str, target: &Path) -> impl Future<Output = Result<(), Refusal>> + Send;
-    /// Asks whoever serves it, never the mount.
-    fn stats(&self, volume: &str) -> impl Future<Output = Result<VolumeStats, Refusal>> + Send;
+    /// Asks whoever serves it, never the mount. One that is not there, or not at this path, is `NOT_FOUND`.
+    fn stats(&self, volume: &str, target: &Path)
+    -> impl Future<Output = Result<VolumeStats, Refusal>> + Send;
     /// Whether an agent is attached.
     ///
     /// # Errors
@@ -154,7 +155,8 @@ impl<V: Volumes> csi::node_server::Node for Node<V> {
     ) -> Result<Response<csi::NodeGetVolumeStatsResponse>, Status> {
         let csi::NodeGetVolumeStatsRequest { volume_id, volume_path } = request.into_inner();
         check(&volume_id, "volume_path", &volume_path)?;
-        let asked = tokio::time::timeout(STATS, self.volumes.stats(&volume_id)).await;
+        let asked =
+            tokio::time::timeout(STATS, self.volumes.stats(&volume_id, Path::new(&volume_path))).await;
         let late = |_| {
             Status::deadline_exceeded("the agent does not say what the volume holds; see the agent's log")
         };

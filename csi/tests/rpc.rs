@@ -1,5 +1,7 @@
 //! The services as kubelet calls them: over a unix socket, with a keeper that does what a test says.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "what fails in here is a test that fails")]
+
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt};
@@ -68,11 +70,12 @@ impl Volumes for Script {
         self.refuse()
     }
 
-    async fn stats(&self, _: &str) -> Result<VolumeStats, Refusal> {
+    async fn stats(&self, volume: &str, target: &Path) -> Result<VolumeStats, Refusal> {
         if self.0.silent {
             std::future::pending::<()>().await;
         }
         self.refuse()?;
+        assert_eq!((volume, target), ("v", Path::new("/t")));
         Ok(VolumeStats { bytes: 300, files: 3, fault: Some("the store does not answer".to_owned()) })
     }
 
@@ -432,6 +435,7 @@ async fn a_caller_that_is_not_root_is_refused() {
         socket.set_read_timeout(Some(PATIENCE)).unwrap();
         // A server that takes a caller sends its settings first.
         let closed = matches!(socket.read(&mut [0]), Ok(0) | Err(_));
+        #[allow(clippy::exit, reason = "this process is the caller, and says so what it saw")]
         std::process::exit(if closed { 3 } else { 4 });
     }
     if !rustix::process::geteuid().is_root() {
@@ -490,7 +494,7 @@ async fn a_registration_socket_that_vanished_is_made_again() {
     serving.abort();
 }
 
-/// grpc-go is stricter about nothing and sends an authority that tonic's own client does not.
+/// It makes an authority of the socket's path, which tonic's client does not.
 #[tokio::test]
 async fn kubelets_own_client_reaches_the_registration_socket() {
     const DIAL: &str = "FUSE_SECRETS_TEST_DIAL";

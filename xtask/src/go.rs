@@ -1,4 +1,4 @@
-//! Programs in Go that tests use: modules below `fuse-tests/servers` with little more than a `main`, whose `go.sum` pins
+//! Programs in Go that tests use: modules below `fuse-tests/servers` with little more than `main`s, whose `go.sum` pins
 //! everything. Built once, kept under `target/tools` by what they are made of.
 
 use std::fs;
@@ -7,10 +7,11 @@ use std::process::Command;
 
 use crate::command::{self, Error};
 
-/// What a module is made of, as a short name: its files, and what is `changed` in others' before it is built.
-pub(crate) fn key(module: &Path, changed: &[&str]) -> Result<String, Error> {
+/// What a module is made of, as a short name: the versions of others', its `sources`, and what is `changed` in others' before
+/// it is built.
+pub(crate) fn key(module: &Path, sources: &[&str], changed: &[&str]) -> Result<String, Error> {
     let mut hash = Fnv::new();
-    for file in ["go.sum", "go.mod", "main.go"] {
+    for file in ["go.sum", "go.mod"].iter().chain(sources) {
         hash.add(&fs::read(module.join(file))?);
     }
     changed.iter().for_each(|text| hash.add(text.as_bytes()));
@@ -58,10 +59,10 @@ mod tests {
     #[test]
     fn the_key_follows_the_pinned_versions_and_the_changes() {
         let module = tools::root().join("fuse-tests/servers/vault");
-        let plain = key(&module, &[]).unwrap();
+        let plain = key(&module, &["main.go"], &[]).unwrap();
         assert_eq!(plain.len(), 16);
-        assert_ne!(plain, key(&module, &["changed"]).unwrap());
-        assert_ne!(plain, key(&module.with_file_name("csi"), &[]).unwrap());
-        assert!(key(&module.join("nowhere"), &[]).is_err());
+        assert_ne!(plain, key(&module, &["main.go"], &["changed"]).unwrap());
+        assert_ne!(plain, key(&module.with_file_name("csi"), &["dial/main.go"], &[]).unwrap());
+        assert!(key(&module.join("nowhere"), &[], &[]).is_err());
     }
 }
