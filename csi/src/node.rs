@@ -50,12 +50,19 @@ pub struct Publish {
 }
 
 /// No, and why.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
     /// The gRPC code.
     pub code: u32,
     /// What to change.
     pub text: String,
+}
+
+impl Refusal {
+    /// With a text of the caller's.
+    pub fn new(code: u32, text: impl ToString) -> Self {
+        Self { code, text: text.to_string() }
+    }
 }
 
 /// What a volume holds.

@@ -303,7 +303,7 @@ async fn a_group_is_a_number_that_the_kernel_takes() {
 async fn the_keepers_refusal_is_what_kubelet_reads() {
     let server = Server::start(Script::default());
     let refuse = |code, text: &str| {
-        *server.script.0.refusal.lock().unwrap() = Some(Refusal { code, text: text.to_owned() });
+        *server.script.0.refusal.lock().unwrap() = Some(Refusal::new(code, text));
     };
     let mut node = server.node().await;
     refuse(14, "no agent is attached; see its pod");
@@ -353,7 +353,7 @@ async fn statistics_are_bytes_files_and_what_is_wrong() {
     for request in [ask("", "/t"), ask("v", "")] {
         assert_eq!(node.node_get_volume_stats(request).await.unwrap_err().code(), Code::InvalidArgument);
     }
-    *server.script.0.refusal.lock().unwrap() = Some(Refusal { code: 5, text: "no such volume".to_owned() });
+    *server.script.0.refusal.lock().unwrap() = Some(Refusal::new(5, "no such volume"));
     assert_eq!(node.node_get_volume_stats(ask("v", "/t")).await.unwrap_err().code(), Code::NotFound);
 }
 

@@ -1,7 +1,7 @@
 // csi-sanity for a plugin whose volumes belong to one pod each and so have no controller.
 //
 // Many specs of the node service begin with CreateVolume. Here a controller in this very process answers it: a volume is a name
-// as kubelet makes them, and its context is what `--csi.testvolumeparameters` says. Nothing else is answered for the plugin.
+// as kubelet makes them, and its context is what `--csi.testvolumeparameters` says. Every other call goes to the plugin.
 package main
 
 import (
@@ -20,6 +20,21 @@ import (
 
 type controller struct {
 	csi.UnimplementedControllerServer
+	csi.UnimplementedIdentityServer
+}
+
+// The identity service is asked of controllers too.
+
+func (controller) GetPluginInfo(context.Context, *csi.GetPluginInfoRequest) (*csi.GetPluginInfoResponse, error) {
+	return &csi.GetPluginInfoResponse{Name: "controller-of-the-test"}, nil
+}
+
+func (controller) GetPluginCapabilities(context.Context, *csi.GetPluginCapabilitiesRequest) (*csi.GetPluginCapabilitiesResponse, error) {
+	return &csi.GetPluginCapabilitiesResponse{}, nil
+}
+
+func (controller) Probe(context.Context, *csi.ProbeRequest) (*csi.ProbeResponse, error) {
+	return &csi.ProbeResponse{}, nil
 }
 
 func (controller) CreateVolume(_ context.Context, request *csi.CreateVolumeRequest) (*csi.CreateVolumeResponse, error) {
@@ -78,6 +93,7 @@ func main() {
 	}
 	server := grpc.NewServer()
 	csi.RegisterControllerServer(server, controller{})
+	csi.RegisterIdentityServer(server, controller{})
 	go server.Serve(listener)
 
 	var specs outcome
