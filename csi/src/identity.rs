@@ -1,10 +1,11 @@
 //! CSI Identity: which plugin this is, and whether it can work.
 
-use tonic::{Request, Response, Status, async_trait};
+use tonic::{Request, Response, async_trait};
 
 use crate::node::Volumes;
 use crate::proto::csi;
 use crate::proto::csi::identity_server::IdentityServer;
+use crate::rpc::Answer;
 
 /// The service.
 pub struct Identity<V> {
@@ -24,7 +25,7 @@ impl<V: Volumes> csi::identity_server::Identity for Identity<V> {
     async fn get_plugin_info(
         &self,
         _: Request<csi::GetPluginInfoRequest>,
-    ) -> Result<Response<csi::GetPluginInfoResponse>, Status> {
+    ) -> Answer<csi::GetPluginInfoResponse> {
         let vendor_version = env!("CARGO_PKG_VERSION").to_owned();
         Ok(Response::new(csi::GetPluginInfoResponse { name: self.driver.clone(), vendor_version }))
     }
@@ -32,12 +33,12 @@ impl<V: Volumes> csi::identity_server::Identity for Identity<V> {
     async fn get_plugin_capabilities(
         &self,
         _: Request<csi::GetPluginCapabilitiesRequest>,
-    ) -> Result<Response<csi::GetPluginCapabilitiesResponse>, Status> {
+    ) -> Answer<csi::GetPluginCapabilitiesResponse> {
         Ok(Response::new(csi::GetPluginCapabilitiesResponse {}))
     }
 
     /// Ready while an agent is attached.
-    async fn probe(&self, _: Request<csi::ProbeRequest>) -> Result<Response<csi::ProbeResponse>, Status> {
+    async fn probe(&self, _: Request<csi::ProbeRequest>) -> Answer<csi::ProbeResponse> {
         Ok(Response::new(csi::ProbeResponse { ready: Some(self.volumes.ready().is_ok()) }))
     }
 }

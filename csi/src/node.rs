@@ -13,10 +13,10 @@ use zeroize::Zeroizing;
 
 use crate::proto::csi;
 use crate::proto::csi::node_server::NodeServer;
-use crate::proto::csi::node_service_capability::rpc::Type as Call;
+use crate::proto::csi::node_service_capability::rpc;
 use crate::proto::csi::volume_capability::AccessType;
 use crate::proto::csi::volume_usage::Unit;
-use crate::rpc;
+use crate::rpc::{Answer, refused};
 use crate::wire::Secret;
 
 /// Longest name of a volume in bytes; kubelet's are 68.
@@ -32,6 +32,9 @@ const STATS: Duration = Duration::from_secs(5);
 const KUBELET: &str = "csi.storage.k8s.io/";
 const TOKENS: &str = "csi.storage.k8s.io/serviceAccount.tokens";
 const EPHEMERAL: &str = "csi.storage.k8s.io/ephemeral";
+
+const NOT_OF_A_POD: &str = "is not true; mount the driver as a csi volume of the pod itself, without a PersistentVolume, \
+                            and set podInfoOnMount in the CSIDriver";
 
 /// A volume that is to be there.
 pub struct Publish {
@@ -76,9 +79,9 @@ pub struct VolumeStats {
     pub fault: Option<String>,
 }
 
-/// Who has the volumes: the keeper. A clone is the same one. Calls for one volume may come in any order and at once; each has
-/// a deadline of its own, and runs to its end even if kubelet gives up.
-pub trait Volumes: Clone + Send + Sync + 'static {
+/// Who has the volumes: the keeper. Calls for one volume may come in any order and at once. Each has a deadline, and one whose
+/// future is dropped, because kubelet gave up, runs to its end all the same.
+pub trait Volumes: Send + Sync + 'static {
     /// Makes a volume be there, or gives a volume that is there its newer tokens. Answers with what the pod's owner should
     /// know all the same.
     fn publish(&self, publish: Publish) -> impl Future<Output = Result<Vec<String>, Refusal>> + Send;
@@ -112,69 +115,52 @@ impl<V: Volumes> csi::node_server::Node for Node<V> {
     async fn node_publish_volume(
         &self,
         request: Request<csi::NodePublishVolumeRequest>,
-    ) -> Result<Response<csi::NodePublishVolumeResponse>, Status> {
-        const CALL: &str = "NodePublishVolume";
-        let volumes = self.volumes.clone();
-        to_its_end(async move {
-            let (publish, dropped) = match read(request.into_inner()) {
-                Ok(read) => read,
-                Err(status) => return logged(CALL, "", "", Err(status)),
-            };
-            let (volume, pod) = (publish.volume.clone(), pod(&publish.pod));
-            if dropped > 0 {
-                tracing::warn!(
-                    volume,
-                    pod,
-                    entries = dropped,
-                    "dropped what nodePublishSecretRef names: nothing reads it"
-                );
-            }
-            let done = volumes.publish(publish).await;
-            for warning in done.iter().flatten() {
-                tracing::warn!(volume, pod, "{warning}");
-            }
-            logged(CALL, &volume, &pod, done.map(|_| csi::NodePublishVolumeResponse {}).map_err(status))
-        })
-        .await
+    ) -> Answer<csi::NodePublishVolumeResponse> {
+        let call = Call { name: "NodePublishVolume", volume: String::new(), pod: String::new() };
+        let (publish, dropped) = match read(request.into_inner()) {
+            Ok(read) => read,
+            Err(status) => return call.ends(Err(status)),
+        };
+        let call = Call { volume: publish.volume.clone(), pod: pod(&publish.pod), ..call };
+        if dropped > 0 {
+            call.warns("what nodePublishSecretRef names was dropped: nothing reads it");
+        }
+        let done = self.volumes.publish(publish).await;
+        done.iter().flatten().for_each(|warning| call.warns(warning));
+        call.ends(done.map(|_| csi::NodePublishVolumeResponse {}).map_err(status))
     }
 
     async fn node_unpublish_volume(
         &self,
         request: Request<csi::NodeUnpublishVolumeRequest>,
-    ) -> Result<Response<csi::NodeUnpublishVolumeResponse>, Status> {
-        const CALL: &str = "NodeUnpublishVolume";
+    ) -> Answer<csi::NodeUnpublishVolumeResponse> {
         let csi::NodeUnpublishVolumeRequest { volume_id, target_path } = request.into_inner();
+        let call = Call { name: "NodeUnpublishVolume", volume: String::new(), pod: String::new() };
         if let Err(status) = check(&volume_id, "target_path", &target_path) {
-            return logged(CALL, "", "", Err(status));
+            return call.ends(Err(status));
         }
-        let volumes = self.volumes.clone();
-        to_its_end(async move {
-            let done = volumes.unpublish(&volume_id, Path::new(&target_path)).await;
-            logged(CALL, &volume_id, "", done.map(|()| csi::NodeUnpublishVolumeResponse {}).map_err(status))
-        })
-        .await
+        let done = self.volumes.unpublish(&volume_id, Path::new(&target_path)).await;
+        let call = Call { volume: volume_id, ..call };
+        call.ends(done.map(|()| csi::NodeUnpublishVolumeResponse {}).map_err(status))
     }
 
     /// Bytes and files, both all used: nobody can add any.
     async fn node_get_volume_stats(
         &self,
         request: Request<csi::NodeGetVolumeStatsRequest>,
-    ) -> Result<Response<csi::NodeGetVolumeStatsResponse>, Status> {
+    ) -> Answer<csi::NodeGetVolumeStatsResponse> {
         let csi::NodeGetVolumeStatsRequest { volume_id, volume_path } = request.into_inner();
         check(&volume_id, "volume_path", &volume_path)?;
-        let asked =
-            tokio::time::timeout(STATS, self.volumes.stats(&volume_id, Path::new(&volume_path))).await;
-        let late = |_| {
-            Status::deadline_exceeded("the agent does not say what the volume holds; see the agent's log")
-        };
-        let VolumeStats { bytes, files, fault } = asked.map_err(late)?.map_err(status)?;
-        let usage = [(bytes, Unit::Bytes), (files, Unit::Inodes)].map(|(count, unit)| {
+        let asked = self.volumes.stats(&volume_id, Path::new(&volume_path));
+        let late = |_| Status::deadline_exceeded("the agent does not say what the volume holds; see its log");
+        let stats = tokio::time::timeout(STATS, asked).await.map_err(late)?.map_err(status)?;
+        let usage = [(stats.bytes, Unit::Bytes), (stats.files, Unit::Inodes)].map(|(count, unit)| {
             let used = i64::try_from(count).unwrap_or(i64::MAX);
             csi::VolumeUsage { available: 0, total: used, used, unit: unit.into() }
         });
-        let condition =
-            csi::VolumeCondition { abnormal: fault.is_some(), message: fault.unwrap_or_default() };
-        tracing::debug!(volume = volume_id, abnormal = condition.abnormal, "NodeGetVolumeStats: done");
+        tracing::debug!(volume = volume_id, fault = stats.fault, "NodeGetVolumeStats: done");
+        let abnormal = stats.fault.is_some();
+        let condition = csi::VolumeCondition { abnormal, message: stats.fault.unwrap_or_default() };
         let volume_condition = Some(condition);
         Ok(Response::new(csi::NodeGetVolumeStatsResponse { usage: usage.into(), volume_condition }))
     }
@@ -182,18 +168,15 @@ impl<V: Volumes> csi::node_server::Node for Node<V> {
     async fn node_get_capabilities(
         &self,
         _: Request<csi::NodeGetCapabilitiesRequest>,
-    ) -> Result<Response<csi::NodeGetCapabilitiesResponse>, Status> {
-        let capabilities = [Call::GetVolumeStats, Call::VolumeMountGroup].map(|call| {
-            let rpc = csi::node_service_capability::Rpc { r#type: call.into() };
+    ) -> Answer<csi::NodeGetCapabilitiesResponse> {
+        let capabilities = [rpc::Type::GetVolumeStats, rpc::Type::VolumeMountGroup].map(|rpc| {
+            let rpc = csi::node_service_capability::Rpc { r#type: rpc.into() };
             csi::NodeServiceCapability { r#type: Some(csi::node_service_capability::Type::Rpc(rpc)) }
         });
         Ok(Response::new(csi::NodeGetCapabilitiesResponse { capabilities: capabilities.into() }))
     }
 
-    async fn node_get_info(
-        &self,
-        _: Request<csi::NodeGetInfoRequest>,
-    ) -> Result<Response<csi::NodeGetInfoResponse>, Status> {
+    async fn node_get_info(&self, _: Request<csi::NodeGetInfoRequest>) -> Answer<csi::NodeGetInfoResponse> {
         Ok(Response::new(csi::NodeGetInfoResponse { node_id: self.id.clone() }))
     }
 }
@@ -204,8 +187,7 @@ fn read(request: csi::NodePublishVolumeRequest) -> Result<(Publish, usize), Stat
     let (mut secrets, mut context) = (request.secrets, request.volume_context);
     let [first, second] = [&mut secrets, &mut context].map(|map| map.remove(TOKENS).map(Zeroizing::new));
     check(&volume_id, "target_path", &target_path)?;
-    let capability = volume_capability.and_then(|capability| capability.access_type);
-    let group = match capability {
+    let group = match volume_capability.and_then(|capability| capability.access_type) {
         Some(AccessType::Mount(mount)) => group(&mount.volume_mount_group)?,
         Some(AccessType::Block(_)) => {
             return Err(invalid("volume_capability.block", "secrets are files, not a device; ask for mount"));
@@ -224,11 +206,7 @@ fn read(request: csi::NodePublishVolumeRequest) -> Result<(Publish, usize), Stat
     let (pod, attributes): (BTreeMap<_, _>, _) =
         context.into_iter().partition(|(key, _)| key.starts_with(KUBELET));
     if pod.get(EPHEMERAL).is_none_or(|word| word != "true") {
-        let rule = format!(
-            "{EPHEMERAL} is not true; mount the driver as a csi volume of the pod itself, without a PersistentVolume, and \
-             set podInfoOnMount in the CSIDriver"
-        );
-        return Err(invalid("volume_context", &rule));
+        return Err(invalid(EPHEMERAL, NOT_OF_A_POD));
     }
     let tokens = self::tokens(&tokens)?;
     let publish = Publish { volume: volume_id, target: target_path.into(), pod, attributes, group, tokens };
@@ -245,8 +223,7 @@ fn check(volume: &str, field: &str, path: &str) -> Result<(), Status> {
         return Err(invalid("volume_id", &rule));
     }
     if path.is_empty() || path.len() > LONGEST_PATH {
-        let rule = format!("must be a path of 1 to {LONGEST_PATH} bytes; kubelet gives it");
-        return Err(invalid(field, &rule));
+        return Err(invalid(field, "must be a path of 1 to 4096 bytes; kubelet gives it"));
     }
     Ok(())
 }
@@ -290,7 +267,7 @@ fn invalid(field: &str, rule: &str) -> Status {
 }
 
 fn status(refusal: Refusal) -> Status {
-    rpc::refused(refusal.code, &refusal.text)
+    refused(refusal.code, &refusal.text)
 }
 
 /// `namespace/name`.
@@ -299,18 +276,24 @@ fn pod(pod: &BTreeMap<String, String>) -> String {
     format!("{}/{}", part("namespace"), part("name"))
 }
 
-/// Runs on even if the caller gives up: half a publish would leave a mount behind.
-async fn to_its_end<T: Send + 'static>(
-    work: impl Future<Output = Result<Response<T>, Status>> + Send + 'static,
-) -> Result<Response<T>, Status> {
-    let ended = tokio::spawn(work).await;
-    ended.unwrap_or_else(|_| Err(Status::internal("the shim failed in this call; see its log")))
+/// What a line of the log is about; empty what could not be read.
+struct Call {
+    name: &'static str,
+    volume: String,
+    pod: String,
 }
 
-fn logged<T>(call: &str, volume: &str, pod: &str, done: Result<T, Status>) -> Result<Response<T>, Status> {
-    match &done {
-        Ok(_) => tracing::info!(volume, pod, "{call}: done"),
-        Err(no) => tracing::warn!(volume, pod, code = ?no.code(), "{call}: {}", no.message()),
+impl Call {
+    fn warns(&self, text: &str) {
+        tracing::warn!(volume = self.volume, pod = self.pod, "{}: {text}", self.name);
     }
-    done.map(Response::new)
+
+    fn ends<T>(&self, done: Result<T, Status>) -> Answer<T> {
+        let Self { name, volume, pod } = self;
+        match &done {
+            Ok(_) => tracing::info!(volume, pod, "{name}: done"),
+            Err(no) => tracing::warn!(volume, pod, code = ?no.code(), "{name}: {}", no.message()),
+        }
+        done.map(Response::new)
+    }
 }

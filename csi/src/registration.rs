@@ -9,17 +9,16 @@
 
 use std::convert::Infallible;
 use std::io;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use tonic::service::Routes;
-use tonic::{Request, Response, Status, async_trait};
+use tonic::{Request, Response, async_trait};
 
 use crate::proto::registration;
 use crate::proto::registration::registration_server::{Registration, RegistrationServer};
-use crate::rpc;
+use crate::rpc::{self, Answer};
 
 /// How often the socket is looked at.
 const LOOK: Duration = Duration::from_secs(2);
@@ -72,10 +71,7 @@ impl Plugin {
 
 #[async_trait]
 impl Registration for Plugin {
-    async fn get_info(
-        &self,
-        _: Request<registration::InfoRequest>,
-    ) -> Result<Response<registration::PluginInfo>, Status> {
+    async fn get_info(&self, _: Request<registration::InfoRequest>) -> Answer<registration::PluginInfo> {
         Ok(Response::new(registration::PluginInfo {
             r#type: "CSIPlugin".to_owned(),
             name: self.driver.to_string(),
@@ -87,7 +83,7 @@ impl Registration for Plugin {
     async fn notify_registration_status(
         &self,
         status: Request<registration::RegistrationStatus>,
-    ) -> Result<Response<registration::RegistrationStatusResponse>, Status> {
+    ) -> Answer<registration::RegistrationStatusResponse> {
         let registration::RegistrationStatus { plugin_registered, error } = status.into_inner();
         if plugin_registered {
             tracing::info!("registered with kubelet");
@@ -99,19 +95,13 @@ impl Registration for Plugin {
     }
 }
 
-/// Returns when another file stands at `path`, or none.
+/// Returns when nothing stands at `path`.
 async fn gone(path: &Path) {
-    let ours = inode(path).await;
     loop {
         tokio::time::sleep(LOOK).await;
-        if ours.is_none() || inode(path).await != ours {
+        let path = path.to_owned();
+        if let Ok(false) = tokio::task::spawn_blocking(move || path.exists()).await {
             return;
         }
     }
-}
-
-async fn inode(path: &Path) -> Option<(u64, u64)> {
-    let path = PathBuf::from(path);
-    let found = tokio::task::spawn_blocking(move || path.symlink_metadata()).await.ok()?.ok()?;
-    Some((found.dev(), found.ino()))
 }

@@ -10,15 +10,18 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::service::Routes;
 use tonic::transport::{Error, Server};
-use tonic::{Code, Status};
+use tonic::{Code, Response, Status};
 use tower::limit::GlobalConcurrencyLimitLayer;
 
-/// Calls that are worked on at once; others wait. A node starts a few hundred pods at most.
-const MOST_CALLS: usize = 256;
+/// Calls that are worked on at once; others wait. A node has no more volumes.
+const MOST_CALLS: usize = 1024;
 /// Longest text of a refusal, in characters: an event of Kubernetes holds 1024 bytes.
 const LONGEST_TEXT: usize = 2048;
 /// After a failed accept, which mostly means that there are no more descriptors.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
+
+/// What a call answers.
+pub(crate) type Answer<T> = Result<Response<T>, Status>;
 
 /// Listens at `path`, for root only. What a dead predecessor left there is replaced, in one step: nobody ever finds a socket
 /// with another mode, or none.
@@ -28,9 +31,7 @@ const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 pub fn listen(path: &Path) -> io::Result<UnixListener> {
     let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
     // kubelet looks at every name in its directory that does not begin with a dot.
-    let mut hidden = std::ffi::OsString::from(".");
-    hidden.push(name);
-    let hidden = path.with_file_name(hidden);
+    let hidden = path.with_file_name(format!(".{}", name.display()));
     match std::fs::remove_file(&hidden) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
