@@ -29,10 +29,10 @@ const UNANSWERED: [u32; 3] = [2, 36, 42];
 const AGAIN: Duration = Duration::from_millis(1);
 
 /// Descriptors of mounts that fail.
-pub type Failing = BTreeMap<Name, Arc<OwnedFd>>;
+pub(crate) type Failing = BTreeMap<Name, Arc<OwnedFd>>;
 
 /// The thread, while there is something to answer.
-pub struct Gap {
+pub(crate) struct Gap {
     resend: bool,
     metrics: Arc<Metrics>,
     running: Mutex<Option<Running>>,
@@ -49,7 +49,7 @@ struct Running {
 impl Gap {
     /// Nobody is answered yet. `resend`: what dead agents had read is asked for again first.
     #[must_use]
-    pub fn new(resend: bool, metrics: Arc<Metrics>) -> Self {
+    pub(crate) fn new(resend: bool, metrics: Arc<Metrics>) -> Self {
         Self { resend, metrics, running: Mutex::default() }
     }
 
@@ -58,7 +58,7 @@ impl Gap {
     ///
     /// # Errors
     /// No thread or descriptor can be had; then nobody is answered.
-    pub fn answer(&self, failing: Failing) -> io::Result<()> {
+    pub(crate) fn answer(&self, failing: Failing) -> io::Result<()> {
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         let names: Vec<Name> = failing.keys().cloned().collect();
         if running.as_ref().map_or(names.is_empty(), |running| running.names == names) {

@@ -25,17 +25,17 @@ use std::time::{Duration, Instant};
 use fuse_secrets_csi::wire::message::AgentStatus;
 
 /// What does it: sockets, descriptors, mounts.
-pub mod driver;
+pub(crate) mod driver;
 /// Which kernels send requests again safely.
-pub mod handover;
+pub(crate) mod handover;
 
 /// A volume's name.
-pub type Name = Arc<str>;
+pub(crate) type Name = Arc<str>;
 
 /// Most agents whose processes live: one that serves, one that comes, and two that have trouble leaving.
-pub const MOST_AGENTS: usize = 4;
+pub(crate) const MOST_AGENTS: usize = 4;
 /// An agent that was silent for so long is taken for hung.
-pub const SILENCE: Duration = Duration::from_secs(5);
+pub(crate) const SILENCE: Duration = Duration::from_secs(5);
 
 /// Adoptions in flight after an agent's death.
 const MOST_ADOPTING: usize = 64;
@@ -49,7 +49,7 @@ const RETRY: Duration = Duration::from_secs(1);
 const DOUBLINGS: u32 = 5;
 
 /// What happened.
-pub enum Event {
+pub(crate) enum Event {
     /// A worker was let in; readers of these volumes wait.
     Attached(u64, About, BTreeSet<Name>),
     /// It answered a heartbeat.
@@ -86,7 +86,7 @@ pub enum Event {
 
 /// What is to be done.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Action {
+pub(crate) enum Action {
     /// Give it to this agent; so many died while they adopted it.
     Adopt(Name, u64, u32),
     /// Have this agent let go of it.
@@ -98,7 +98,7 @@ pub enum Action {
 }
 
 /// What is known of an agent.
-pub struct About {
+pub(crate) struct About {
     /// Its process.
     pub pid: u32,
     /// Its supervisor's.
@@ -111,7 +111,7 @@ pub struct About {
 
 /// Where a volume stands; drawn above.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum State {
+pub(crate) enum State {
     /// Mounted, held by an agent of before this shim, or by nobody.
     Unclaimed,
     /// The agent fetches its files; not mounted yet.
@@ -133,7 +133,7 @@ pub enum State {
 impl State {
     /// Which agent has its descriptor; 0: none.
     #[must_use]
-    pub fn agent(self) -> u64 {
+    pub(crate) fn agent(self) -> u64 {
         match self {
             Self::Publishing(agent) | Self::Served(agent) | Self::Draining(agent) | Self::Adopting(agent) => {
                 agent
@@ -144,7 +144,7 @@ impl State {
 
     /// The word that an observer gets.
     #[must_use]
-    pub fn word(self) -> &'static str {
+    pub(crate) fn word(self) -> &'static str {
         match self {
             Self::Served(_) => "serving",
             Self::Publishing(_) => "publishing",
@@ -185,7 +185,7 @@ struct Agent {
 }
 
 /// The whole.
-pub struct Machine {
+pub(crate) struct Machine {
     gap: Duration,
     agents: BTreeMap<u64, Agent>,
     volumes: BTreeMap<Name, Volume>,
@@ -194,12 +194,12 @@ pub struct Machine {
 impl Machine {
     /// Nothing yet. A volume without an agent for `gap` fails its readers.
     #[must_use]
-    pub fn new(gap: Duration) -> Self {
+    pub(crate) fn new(gap: Duration) -> Self {
         Self { gap, agents: BTreeMap::new(), volumes: BTreeMap::new() }
     }
 
     /// Takes in what happened and says what is to be done. What is no longer true of a volume or an agent changes nothing.
-    pub fn handle(&mut self, event: Event, now: Instant) -> Vec<Action> {
+    pub(crate) fn handle(&mut self, event: Event, now: Instant) -> Vec<Action> {
         let mut actions = Vec::new();
         match event {
             Event::Attached(agent, about, urgent) => self.attached(agent, about, &urgent, now),
@@ -268,18 +268,18 @@ impl Machine {
 
     /// The agent that serves: the last that attached.
     #[must_use]
-    pub fn serving(&self) -> Option<u64> {
+    pub(crate) fn serving(&self) -> Option<u64> {
         self.agents.iter().rev().find(|(_, agent)| agent.standing == Standing::Attached).map(|(id, _)| *id)
     }
 
     /// Where a volume stands; `None`: it is not known.
     #[must_use]
-    pub fn state(&self, volume: &str) -> Option<State> {
+    pub(crate) fn state(&self, volume: &str) -> Option<State> {
         self.volumes.get(volume).map(|volume| volume.state)
     }
 
     /// All volumes.
-    pub fn states(&self) -> impl Iterator<Item = (&Name, State)> {
+    pub(crate) fn states(&self) -> impl Iterator<Item = (&Name, State)> {
         self.volumes.iter().map(|(name, volume)| (name, volume.state))
     }
 
@@ -290,13 +290,13 @@ impl Machine {
 
     /// Whether one of these processes may become an agent: not while there are too many, and a process is one agent at most.
     #[must_use]
-    pub fn admits(&self, pid: u32) -> bool {
+    pub(crate) fn admits(&self, pid: u32) -> bool {
         self.living().count() < MOST_AGENTS && !self.living().any(|(_, agent)| agent.about.pid == pid)
     }
 
     /// The agents for an observer.
     #[must_use]
-    pub fn statuses(&self) -> Vec<AgentStatus> {
+    pub(crate) fn statuses(&self) -> Vec<AgentStatus> {
         let serving = self.serving();
         let status = |(id, agent): (&u64, &Agent)| AgentStatus {
             agent: *id,
@@ -315,7 +315,7 @@ impl Machine {
 
     /// Whether living agents hold everything, so that the shim may go.
     #[must_use]
-    pub fn is_safe(&self) -> bool {
+    pub(crate) fn is_safe(&self) -> bool {
         let attached =
             |agent| self.agents.get(&agent).is_some_and(|agent| agent.standing == Standing::Attached);
         self.volumes.values().all(|volume| match volume.state {

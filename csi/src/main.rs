@@ -3,15 +3,20 @@
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used))]
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::{Parser, ValueEnum};
 use fuse_secrets_csi::health::{self, Health};
+use fuse_secrets_csi::identity::Identity;
+use fuse_secrets_csi::node::{Node, Volumes};
+use fuse_secrets_csi::registration::Plugin;
+use fuse_secrets_csi::rpc;
 use fuse_secrets_csi::wire::message::Handover;
 use tokio::signal::unix::{SignalKind, signal};
+use tonic::service::Routes;
 
 use keeper::driver::{Keeper, Settings};
 use metrics::Metrics;
@@ -55,6 +60,9 @@ struct Arguments {
     /// CSI socket to make for kubelet
     #[arg(long, env = "FUSE_SECRETS_CSI_ENDPOINT", default_value = "unix:///csi/csi.sock")]
     endpoint: String,
+    /// Path of that socket as kubelet sees it, if another
+    #[arg(long, env = "FUSE_SECRETS_CSI_KUBELET_ENDPOINT")]
+    kubelet_endpoint: Option<String>,
     /// Name of the driver, as pods and the CSIDriver object have it
     #[arg(long, env = "FUSE_SECRETS_CSI_DRIVER_NAME", default_value = "fuse-secrets")]
     driver_name: String,
@@ -161,14 +169,29 @@ async fn run(arguments: Arguments) -> std::io::Result<()> {
     tracing::info!(handover = ?settings.handover, version = env!("CARGO_PKG_VERSION"), "the shim starts");
     let (mut ended, mut interrupted) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let keeper = Keeper::start(settings, metrics.clone())?;
+    let socket = arguments.endpoint.strip_prefix("unix://").unwrap_or(&arguments.endpoint).to_owned();
+    let plugin = Plugin::new(&arguments.driver_name, arguments.kubelet_endpoint.as_ref().unwrap_or(&socket));
     if let Some(address) = arguments.health_address {
         let listener = tokio::net::TcpListener::bind(address).await?;
-        drop(tokio::spawn(health::serve(listener, Arc::new(Told(keeper.clone(), metrics)))));
+        let told = Told { keeper: keeper.clone(), plugin: plugin.clone(), metrics };
+        drop(tokio::spawn(health::serve(listener, Arc::new(told))));
     }
-    // RPC: what follows is wired by the merge with task rpc.
-    let _ = (arguments.endpoint, arguments.driver_name, arguments.node_id, arguments.registration_dir);
-    // RPC ends.
-    tokio::select! { _ = ended.recv() => {}, _ = interrupted.recv() => {} }
+    let services = Routes::new(Identity::server(arguments.driver_name, keeper.clone()))
+        .add_service(Node::server(arguments.node_id, keeper.clone()));
+    let signalled = async {
+        tokio::select! { _ = ended.recv() => {}, _ = interrupted.recv() => {} }
+    };
+    let served = rpc::serve(rpc::listen(Path::new(&socket))?, services, signalled);
+    let registered = async {
+        match arguments.registration_dir {
+            Some(directory) => plugin.register(&directory).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        served = served => served.map_err(std::io::Error::other)?,
+        Err(error) = registered => return Err(error),
+    }
     tracing::info!("leaving as soon as agents hold every volume");
     tokio::select! {
         safe = keeper.safe(Instant::now() + LEAVE) => if !safe {
@@ -181,7 +204,11 @@ async fn run(arguments: Arguments) -> std::io::Result<()> {
 }
 
 /// What the health port tells.
-struct Told(Keeper, Arc<Metrics>);
+struct Told {
+    keeper: Keeper,
+    plugin: Plugin,
+    metrics: Arc<Metrics>,
+}
 
 impl Health for Told {
     fn healthy(&self) -> Result<(), String> {
@@ -189,10 +216,10 @@ impl Health for Told {
     }
 
     fn ready(&self) -> Result<(), String> {
-        self.0.ready()
+        self.keeper.ready().and_then(|()| self.plugin.ready())
     }
 
     fn metrics(&self) -> String {
-        self.1.text()
+        self.metrics.text()
     }
 }

@@ -5,21 +5,21 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// One number of the table.
 #[derive(Default)]
-pub struct Metric(AtomicU64);
+pub(crate) struct Metric(AtomicU64);
 
 impl Metric {
     /// Adds one.
-    pub fn increment(&self) {
+    pub(crate) fn increment(&self) {
         self.add(1);
     }
 
     /// Adds `n`.
-    pub fn add(&self, n: usize) {
+    pub(crate) fn add(&self, n: usize) {
         self.0.fetch_add(n as u64, Ordering::Relaxed);
     }
 
     /// Sets a gauge.
-    pub fn set(&self, n: usize) {
+    pub(crate) fn set(&self, n: usize) {
         self.0.store(n as u64, Ordering::Relaxed);
     }
 }
@@ -28,12 +28,12 @@ macro_rules! table {
     ($($field:ident: $kind:literal $name:literal = $help:literal;)*) => {
         /// The table. One per shim.
         #[derive(Default)]
-        pub struct Metrics { $(#[doc = $help] pub $field: Metric,)* }
+        pub(crate) struct Metrics { $(#[doc = $help] pub $field: Metric,)* }
 
         impl Metrics {
             /// The text format of Prometheus.
             #[must_use]
-            pub fn text(&self) -> String {
+            pub(crate) fn text(&self) -> String {
                 let mut text = String::new();
                 $(
                     let value = self.$field.0.load(Ordering::Relaxed);

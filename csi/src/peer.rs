@@ -12,7 +12,7 @@ use tokio::net::UnixStream;
 use crate::sys;
 
 /// A process.
-pub struct Peer {
+pub(crate) struct Peer {
     /// Its number in the node's process table.
     pub pid: u32,
     /// Its effective user.
@@ -29,7 +29,7 @@ pub struct Peer {
 
 /// Who may be a supervisor.
 #[derive(Clone, Debug)]
-pub struct Rule {
+pub(crate) struct Rule {
     /// Its user.
     pub uid: u32,
     /// Its cgroup, as the shim sees it; without one, it must be the first process of a pid namespace, as in a container.
@@ -41,7 +41,7 @@ impl Peer {
     ///
     /// # Errors
     /// It is gone, or not in the shim's process table (is the shim's pod without hostPID?).
-    pub fn of(socket: &UnixStream) -> io::Result<Self> {
+    pub(crate) fn of(socket: &UnixStream) -> io::Result<Self> {
         let invisible =
             || io::Error::other("the peer is not in this process table; the shim's pod needs hostPID");
         let raw = socket.peer_cred()?.pid().filter(|pid| *pid > 0).ok_or_else(invisible)?;
@@ -62,7 +62,7 @@ impl Peer {
     ///
     /// # Errors
     /// Which condition it does not meet.
-    pub fn may_supervise(&self, rule: &Rule) -> Result<(), String> {
+    pub(crate) fn may_supervise(&self, rule: &Rule) -> Result<(), String> {
         if self.uid != rule.uid {
             return Err(format!("uid {} is not the agent's, {}", self.uid, rule.uid));
         }
@@ -79,7 +79,7 @@ impl Peer {
     ///
     /// # Errors
     /// Which condition it does not meet.
-    pub fn may_work_for(&self, supervisor: &Self, announced: Option<u32>) -> Result<(), &'static str> {
+    pub(crate) fn may_work_for(&self, supervisor: &Self, announced: Option<u32>) -> Result<(), &'static str> {
         match () {
             () if announced != Some(self.pid) => Err("no supervisor announced this process"),
             () if self.parent != supervisor.pid => Err("its parent is not the supervisor that announced it"),
@@ -94,14 +94,14 @@ impl Peer {
 ///
 /// # Errors
 /// It is no pidfd, or its process is gone or not in the shim's process table.
-pub fn pid_of(pidfd: BorrowedFd<'_>) -> io::Result<u32> {
+pub(crate) fn pid_of(pidfd: BorrowedFd<'_>) -> io::Result<u32> {
     let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))?;
     pinned(&info).ok_or_else(|| io::Error::other("not the pidfd of a living process"))
 }
 
 /// Whether a pidfd's process has ended.
 #[must_use]
-pub fn has_ended(pidfd: BorrowedFd<'_>) -> bool {
+pub(crate) fn has_ended(pidfd: BorrowedFd<'_>) -> bool {
     let mut polled = [PollFd::new(&pidfd, PollFlags::IN)];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     poll(&mut polled, Some(&now)).map_or(true, |ready| ready > 0)

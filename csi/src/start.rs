@@ -16,7 +16,7 @@ use crate::sys;
 
 /// How lines of the log look.
 #[derive(Clone, Copy, ValueEnum)]
-pub enum Format {
+pub(crate) enum Format {
     /// For people
     Text,
     /// For programs
@@ -24,7 +24,7 @@ pub enum Format {
 }
 
 /// Logs to stderr: the shim's own lines and nobody else's, as those of h2, hyper and tonic can show what kubelet sent.
-pub fn log(level: tracing::Level, format: Format) {
+pub(crate) fn log(level: tracing::Level, format: Format) {
     let ours = Targets::new().with_target("fuse_secrets_csi", level);
     let lines = fmt::layer().with_writer(io::stderr).with_target(false);
     let lines = match format {
@@ -39,7 +39,7 @@ pub fn log(level: tracing::Level, format: Format) {
 ///
 /// # Errors
 /// A limit cannot be set, or a signal handler.
-pub fn harden() -> io::Result<()> {
+pub(crate) fn harden() -> io::Result<()> {
     set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
     setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
     umask(Mode::RWXG | Mode::RWXO);
@@ -66,7 +66,7 @@ pub fn harden() -> io::Result<()> {
 ///
 /// # Errors
 /// What a size looks like.
-pub fn bytes(text: &str) -> Result<u64, String> {
+pub(crate) fn bytes(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let shift = match &text[digits.len()..] {
         "" => Some(0),

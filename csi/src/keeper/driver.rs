@@ -11,10 +11,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use fuse_secrets_csi::node::{self, Publish, Refusal, VolumeStats};
 use fuse_secrets_csi::wire::link::{AskError, Link};
-use fuse_secrets_csi::wire::message::{
-    Done, Drain, Handover, Message, Refused, Secret, VolumeStatus, Volumes,
-};
+use fuse_secrets_csi::wire::message::{Done, Drain, Handover, Message, Refused, VolumeStatus, Volumes};
 use rustix::process::{Signal, pidfd_send_signal};
 use tokio::sync::watch;
 use tokio::time::timeout_at;
@@ -37,16 +36,16 @@ mod hold;
 mod tests;
 
 /// The gRPC codes that are used here.
-pub mod code {
+pub(crate) mod code {
     #![allow(missing_docs, reason = "their names are gRPC's")]
-    pub const INVALID_ARGUMENT: u32 = 3;
-    pub const NOT_FOUND: u32 = 5;
-    pub const PERMISSION_DENIED: u32 = 7;
-    pub const RESOURCE_EXHAUSTED: u32 = 8;
-    pub const FAILED_PRECONDITION: u32 = 9;
-    pub const UNIMPLEMENTED: u32 = 12;
-    pub const INTERNAL: u32 = 13;
-    pub const UNAVAILABLE: u32 = 14;
+    pub(crate) const INVALID_ARGUMENT: u32 = 3;
+    pub(crate) const NOT_FOUND: u32 = 5;
+    pub(crate) const PERMISSION_DENIED: u32 = 7;
+    pub(crate) const RESOURCE_EXHAUSTED: u32 = 8;
+    pub(crate) const FAILED_PRECONDITION: u32 = 9;
+    pub(crate) const UNIMPLEMENTED: u32 = 12;
+    pub(crate) const INTERNAL: u32 = 13;
+    pub(crate) const UNAVAILABLE: u32 = 14;
 }
 
 /// An agent maps what it is given, and answers; it waits for no store.
@@ -57,7 +56,7 @@ const TICK: Duration = Duration::from_secs(1);
 
 /// How this node is set up.
 #[derive(Clone, Debug)]
-pub struct Settings {
+pub(crate) struct Settings {
     /// Below it all targets lie.
     pub kubelet_root: PathBuf,
     /// Where agents connect.
@@ -78,51 +77,9 @@ pub struct Settings {
     pub max_volumes: usize,
 }
 
-/// A volume that is to be there.
-pub struct Publish {
-    /// Its name on this node.
-    pub volume: String,
-    /// Where.
-    pub target: PathBuf,
-    /// What kubelet says of the pod, with kubelet's keys.
-    pub pod: BTreeMap<String, String>,
-    /// `volumeAttributes` of the pod's spec.
-    pub attributes: BTreeMap<String, String>,
-    /// The pod's group.
-    pub group: Option<u32>,
-    /// Service-account tokens by audience.
-    pub tokens: BTreeMap<String, Secret>,
-}
-
-/// No, and why.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Refusal {
-    /// The gRPC code.
-    pub code: u32,
-    /// What to change.
-    pub text: String,
-}
-
-impl Refusal {
-    fn new(code: u32, text: impl ToString) -> Self {
-        Self { code, text: text.to_string() }
-    }
-}
-
-/// What a volume holds.
-#[derive(Clone, Debug)]
-pub struct VolumeStats {
-    /// Of all values.
-    pub bytes: u64,
-    /// How many.
-    pub files: u64,
-    /// What is wrong with it.
-    pub fault: Option<String>,
-}
-
 /// The keeper at work. A clone is the same one.
 #[derive(Clone)]
-pub struct Keeper(Arc<Inner>);
+pub(crate) struct Keeper(Arc<Inner>);
 
 struct Inner {
     settings: Settings,
@@ -178,7 +135,7 @@ impl Keeper {
     ///
     /// # Errors
     /// No socket can be made, the kubelet root is not there, or mounts cannot be listed.
-    pub fn start(settings: Settings, metrics: Arc<Metrics>) -> io::Result<Self> {
+    pub(crate) fn start(settings: Settings, metrics: Arc<Metrics>) -> io::Result<Self> {
         let root = Root::open(&settings.kubelet_root).map_err(io::Error::other)?;
         let listener = agents::listen(&settings)?;
         let mut machine = Machine::new(settings.gap_deadline);
@@ -217,19 +174,8 @@ impl Keeper {
         Ok(keeper)
     }
 
-    /// Whether an agent is attached.
-    ///
-    /// # Errors
-    /// What is missing.
-    pub fn ready(&self) -> Result<(), String> {
-        match self.kept().machine.serving() {
-            Some(_) => Ok(()),
-            None => Err("no agent is attached; see the agent's pod on this node".to_owned()),
-        }
-    }
-
     /// Waits until living agents hold every volume, so that the shim may go; `false`: not by then.
-    pub async fn safe(&self, deadline: Instant) -> bool {
+    pub(crate) async fn safe(&self, deadline: Instant) -> bool {
         self.until(deadline, |kept| kept.machine.is_safe().then_some(())).await.is_some()
     }
 

@@ -8,7 +8,7 @@ const SAFE: [((u32, u32, u32), (u32, u32, u32)); 3] =
 
 /// What suits a kernel, by its release as `uname` tells it. One that is not known to be safe gets [`Handover::Clone`].
 #[must_use]
-pub fn suits(release: &str) -> Handover {
+pub(crate) fn suits(release: &str) -> Handover {
     // `7.2-rc1` and `7.2` have no third number; what follows a dash is the vendor's.
     let dotted = release.split(|c: char| !c.is_ascii_digit() && c != '.').next().unwrap_or_default();
     let mut numbers = dotted.split('.').map_while(|number| number.parse().ok());

@@ -8,6 +8,8 @@ use fuse_secrets_csi::wire::message::{self, Adopt, Deposit, Hello, Part, Role, W
 use rustix::process::{Pid, PidfdFlags, getgid, getuid, pidfd_open};
 use tokio::net::UnixStream;
 
+use fuse_secrets_csi::node::Volumes as _;
+
 use super::*;
 use crate::child;
 
@@ -73,7 +75,10 @@ impl Node {
 
     async fn assert_served(&self, volume: &str, agent: u64) {
         let served = |kept: &Kept| (kept.machine.state(volume) == Some(State::Served(agent))).then_some(());
-        self.keeper.until(soon(), served).await.unwrap_or_else(|| panic!("{:?}", self.keeper.status()));
+        self.keeper
+            .until(soon(), served)
+            .await
+            .unwrap_or_else(|| panic!("{:?}", self.keeper.status().volumes));
         let text = self.stat(volume).await.expect("its readers hang");
         assert!(text.contains("directory"), "{text}");
     }
@@ -122,10 +127,7 @@ struct Process(Child);
 
 impl Process {
     fn start(directory: &Path) -> Self {
-        let mut child = child::start("keeper::driver::tests::worker", Stdio::piped());
-        let line = format!("{}\n", directory.display());
-        child.stdin.as_ref().unwrap().write_all(line.as_bytes()).unwrap();
-        Self(child)
+        Self(child::start("keeper::driver::tests::worker", directory.to_str().unwrap(), Stdio::piped()))
     }
 
     fn go(&self) {
@@ -152,12 +154,8 @@ impl Drop for Process {
 /// The worker's process: attaches, and again when the shim comes back; serves an empty directory per volume.
 #[test]
 fn worker() {
-    if !child::is_one() {
-        return;
-    }
-    let mut lines = std::io::stdin().lines();
-    let directory = PathBuf::from(lines.next().unwrap().unwrap());
-    if lines.next().is_none() {
+    let Some(directory) = child::argument().map(PathBuf::from) else { return };
+    if std::io::stdin().lines().next().is_none() {
         return;
     }
     let runtime = tokio::runtime::Runtime::new().unwrap();
@@ -274,7 +272,7 @@ fn serve(fuse: &OwnedFd) {
 
 /// Runs a test in a process with mounts of its own.
 fn in_own_mounts<F: Future<Output = ()>>(name: &str, test: impl FnOnce() -> F) {
-    if child::is_one() {
+    if child::argument().is_some() {
         tokio::runtime::Runtime::new().unwrap().block_on(test());
     } else {
         child::in_own_mounts(&format!("keeper::driver::tests::{name}"));
@@ -341,7 +339,7 @@ fn without_an_agent_readers_get_an_error_and_with_one_their_files_again() {
         node.keeper.until(soon(), failing).await.unwrap();
         let text = node.stat("a").await.expect("its readers hang");
         assert!(text.contains("Input/output error"), "{text}");
-        let stats = node.keeper.stats("a").await.unwrap();
+        let stats = node.keeper.stats("a", &node.target("a")).await.unwrap();
         assert!(stats.fault.unwrap().contains("no agent"));
         let _second = node.worker().await;
         node.assert_served("a", 3).await;
@@ -358,7 +356,7 @@ fn a_refused_publish_leaves_nothing_behind() {
         assert!(!node.target("a").exists());
         assert!(node.keeper.status().volumes.is_empty());
         assert!(mountinfo::read().unwrap().iter().all(|entry| entry.volume().is_none()));
-        assert_eq!(node.keeper.stats("a").await.unwrap_err().code, code::NOT_FOUND);
+        assert_eq!(node.keeper.stats("a", &node.target("a")).await.unwrap_err().code, code::NOT_FOUND);
         for volume in ["a", "b", "c"] {
             node.publish(volume, "").await.unwrap();
         }
@@ -430,7 +428,7 @@ fn a_hung_worker_is_killed_and_its_volumes_go_on() {
 
 #[test]
 fn a_shim_that_comes_back_gets_its_volumes_from_the_worker() {
-    if !child::is_one() {
+    if child::argument().is_none() {
         return child::in_own_mounts(
             "keeper::driver::tests::a_shim_that_comes_back_gets_its_volumes_from_the_worker",
         );
@@ -470,7 +468,7 @@ fn a_shim_that_comes_back_gets_its_volumes_from_the_worker() {
 
 #[test]
 fn a_mount_that_died_with_all_who_held_it_is_replaced_by_the_next_publish() {
-    if !child::is_one() {
+    if child::argument().is_none() {
         return child::in_own_mounts(
             "keeper::driver::tests::a_mount_that_died_with_all_who_held_it_is_replaced_by_the_next_publish",
         );

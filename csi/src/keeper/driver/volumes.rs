@@ -28,13 +28,8 @@ const FETCH: Duration = Duration::from_secs(100);
 /// For what an agent does without its store.
 const BRIEF: Duration = Duration::from_secs(5);
 
-impl Keeper {
-    /// Makes a volume be there, or gives one that is there its newer tokens. Answers with what the pod's owner should know all
-    /// the same.
-    ///
-    /// # Errors
-    /// Why there is no volume; then nothing of it is left: no mount, no directory.
-    pub async fn publish(&self, publish: Publish) -> Result<Vec<String>, Refusal> {
+impl node::Volumes for Keeper {
+    async fn publish(&self, publish: Publish) -> Result<Vec<String>, Refusal> {
         let keeper = self.clone();
         let whole = async move {
             let outcome = keeper.publish_whole(publish).await;
@@ -46,45 +41,22 @@ impl Keeper {
         to_its_end(whole).await
     }
 
-    /// Makes a volume be gone, and its directory. One that never was is gone.
-    ///
-    /// # Errors
-    /// The target is not one, or cannot be unmounted or removed.
-    pub async fn unpublish(&self, volume: &str, target: &Path) -> Result<(), Refusal> {
+    async fn unpublish(&self, volume: &str, target: &Path) -> Result<(), Refusal> {
         let (keeper, volume, target) = (self.clone(), Name::from(volume), target.to_owned());
-        to_its_end(async move {
-            let _turn = keeper.turn(&volume).await?;
-            let inner = Arc::clone(&keeper.0);
-            let found = blocking(move || match inner.root.resolve(&target) {
-                Err(TargetError::Missing(_)) => Ok(None),
-                resolved => resolved.map(Some).map_err(invalid),
-            });
-            let found = found.await?;
-            let agent = keeper.forget(&volume);
-            blocking(move || {
-                let Some(target) = found else { return Ok(()) };
-                mount::detach_all(&target).and_then(|_| target.remove()).map_err(|error| {
-                    Refusal::new(code::INTERNAL, format!("cannot unmount {:?}: {error}", target.path()))
-                })
-            })
-            .await?;
-            keeper.tell(&volume, agent).await;
-            Ok(())
-        })
-        .await
+        to_its_end(async move { keeper.unpublish_whole(&volume, target).await }).await
     }
 
-    /// What a volume holds, from the agent that serves it; its mount is never asked.
-    ///
-    /// # Errors
-    /// There is no such volume, or its agent does not say.
-    pub async fn stats(&self, volume: &str) -> Result<VolumeStats, Refusal> {
+    async fn stats(&self, volume: &str, target: &Path) -> Result<VolumeStats, Refusal> {
         let faulty = |fault: &str| Ok(VolumeStats { bytes: 0, files: 0, fault: Some(fault.to_owned()) });
+        let missing = || Refusal::new(code::NOT_FOUND, format!("no volume {volume} at {target:?}"));
         let (dead, link) = {
             let kept = self.kept();
-            let state = kept.machine.state(volume);
-            let state = state.ok_or_else(|| Refusal::new(code::NOT_FOUND, format!("no volume {volume}")))?;
-            (kept.volumes.get(volume).is_some_and(Held::is_dead), kept.link(state.agent()))
+            let state = kept.machine.state(volume).ok_or_else(missing)?;
+            let held = kept.volumes.get(volume);
+            if held.is_some_and(|held| Path::new(&held.target) != target) {
+                return Err(missing());
+            }
+            (held.is_some_and(Held::is_dead), kept.link(state.agent()))
         };
         if dead {
             return faulty("the mount is dead; the next publish replaces it");
@@ -100,6 +72,13 @@ impl Keeper {
         }
     }
 
+    fn ready(&self) -> Result<(), String> {
+        let serving = self.kept().machine.serving();
+        serving.map(drop).ok_or_else(|| "no agent is attached; see the agent's pod on this node".to_owned())
+    }
+}
+
+impl Keeper {
     /// Ends a volume's connection, and takes its mounts from this namespace: its readers get an error wherever they are.
     pub(super) async fn abort(self, volume: &str) -> Result<(), Refusal> {
         let volume = Name::from(volume);
@@ -122,6 +101,26 @@ impl Keeper {
         .await?;
         tracing::warn!(%volume, "aborted");
         self.tell(&volume, agent).await;
+        Ok(())
+    }
+
+    async fn unpublish_whole(&self, volume: &Name, target: PathBuf) -> Result<(), Refusal> {
+        let _turn = self.turn(volume).await?;
+        let inner = Arc::clone(&self.0);
+        let found = blocking(move || match inner.root.resolve(&target) {
+            Err(TargetError::Missing(_)) => Ok(None),
+            resolved => resolved.map(Some).map_err(invalid),
+        });
+        let found = found.await?;
+        let agent = self.forget(volume);
+        blocking(move || {
+            let Some(target) = found else { return Ok(()) };
+            mount::detach_all(&target).and_then(|_| target.remove()).map_err(|error| {
+                Refusal::new(code::INTERNAL, format!("cannot unmount {:?}: {error}", target.path()))
+            })
+        })
+        .await?;
+        self.tell(volume, agent).await;
         Ok(())
     }
 
