@@ -10,3 +10,15 @@ pub mod health;
 /// CSI and kubelet's plugin registration, as far as a node plugin needs them.
 #[cfg(feature = "shim")]
 pub mod proto;
+/// Sockets of root's, and how gRPC is served on them.
+#[cfg(feature = "shim")]
+pub mod rpc;
+/// CSI Identity.
+#[cfg(feature = "shim")]
+pub mod identity;
+/// CSI Node.
+#[cfg(feature = "shim")]
+pub mod node;
+/// How kubelet finds the shim.
+#[cfg(feature = "shim")]
+pub mod registration;

@@ -13,6 +13,8 @@ use std::time::Duration;
 use rustix::fs::{Mode, OFlags};
 use rustix::mount::MountAttrFlags;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 /// What [`wake`] sends: ignored unless somebody wants it, so that a stray one ends nobody.
 const WAKE: i32 = libc::SIGURG;
@@ -141,6 +143,17 @@ pub(crate) fn seclude<T: Send + 'static>(
     };
     thread::Builder::new().name("secluded".to_owned()).stack_size(256 << 10).spawn(run)?;
     answered.recv_timeout(deadline).map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
+}
+
+/// Lets tasks wait for a descriptor, from within a tokio runtime.
+///
+/// # Errors
+/// EPERM if it is not one that can be polled; ENOMEM, ENOSPC.
+pub(crate) fn watch(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` keeps one descriptor open, and the same, from now until it is dropped, and the result drops its
+    // registration before it.
+    let watched = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) };
+    watched.map_err(|error| error.into_parts().1)
 }
 
 /// Keeps glibc's heaps few, and makes it return what large blocks leave behind. Elsewhere there is nothing to pin.

@@ -6,7 +6,9 @@
 //! | `test.rs` | the steps of the test run, their order, the sum at the end |
 //! | `tools.rs` | what is built once and kept under `target/tools` |
 //! | `bench.rs` | which programs are measured, in which profile |
+//! | `go.rs` | building what is written in Go |
 //! | `vault.rs` | how the real Vault server for the tests is built |
+//! | `sanity.rs` | which programs call the shim as Kubernetes does |
 //! | `command.rs` | running other programs |
 
 // This is a program that talks to people in a terminal.
@@ -14,6 +16,8 @@
 
 mod bench;
 mod command;
+mod go;
+mod sanity;
 mod setup;
 mod test;
 mod tools;

@@ -17,7 +17,7 @@ pub(crate) struct Args {
     check: bool,
 }
 
-/// The lowest Go that the Vault server builds with.
+/// The lowest Go that the programs of the tests build with.
 const GO: (u32, u32) = (1, 26);
 
 /// One thing that is needed.
@@ -52,7 +52,7 @@ pub(crate) const NEEDS: [Need; 5] = [
     },
     Need {
         name: "Go",
-        for_what: "the Vault server that tests run against",
+        for_what: "the Vault server that tests run against, csi-sanity",
         remedy: "install Go 1.26 or newer from https://go.dev/dl",
         package: None,
         look: go,

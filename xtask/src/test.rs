@@ -7,7 +7,7 @@ use std::time::Instant;
 use clap::ValueEnum;
 
 use crate::command::{self, Error};
-use crate::{setup, tools, vault};
+use crate::{sanity, setup, tools, vault};
 
 /// Runs everything that CI runs
 ///
@@ -16,7 +16,8 @@ use crate::{setup, tools, vault};
 ///
 /// Optional, and never a failure when not asked for: OpenBao, with FUSE_SECRETS_TEST_BAO naming its binary.
 ///
-/// A Vault server is built once into target/tools; FUSE_SECRETS_TEST_VAULT names another binary to use instead.
+/// A Vault server is built once into target/tools; FUSE_SECRETS_TEST_VAULT names another binary to use instead. So are csi-sanity
+/// and a program that calls the shim as kubelet does.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// Only this step; may be given several times
@@ -60,6 +61,8 @@ struct Report {
 
 const VAULT: &str = "FUSE_SECRETS_TEST_VAULT";
 const OPENBAO: &str = "FUSE_SECRETS_TEST_BAO";
+const SANITY: &str = "FUSE_SECRETS_TEST_CSI_SANITY";
+const DIAL: &str = "FUSE_SECRETS_TEST_DIAL";
 
 /// The command.
 pub(crate) fn run(args: &Args) -> Result<ExitCode, Error> {
@@ -129,6 +132,16 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, Error> {
             }),
         }
     }
+    let mut callers = None;
+    if kernel {
+        match lacking("Go") {
+            Some(why) => report.cannot_run.push(format!("csi-sanity, kubelet's registration: {why}")),
+            None => report.step("csi: programs that call the shim as Kubernetes does", |_| {
+                callers = Some(sanity::programs()?);
+                Ok(())
+            }),
+        }
+    }
     if kernel && std::env::var_os(OPENBAO).is_none() {
         report.not_asked.push(format!("OpenBao: {OPENBAO} names no binary"));
     }
@@ -150,6 +163,9 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, Error> {
         cargo.arg("test").args(which).arg("--no-fail-fast");
         if let Some(server) = &server {
             cargo.env(VAULT, server);
+        }
+        if let Some(callers) = &callers {
+            cargo.env(SANITY, &callers.sanity).env(DIAL, &callers.dial);
         }
         let ended_well = command::watch(&mut cargo, |line| sum.add(line))?;
         if ended_well || sum.failed > 0 {

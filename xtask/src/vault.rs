@@ -6,10 +6,9 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use crate::command::{self, Error};
-use crate::tools;
+use crate::{go, tools};
 
 const SDK: &str = "github.com/hashicorp/vault/sdk";
 const SDK_VERSION: &str = "v0.21.0";
@@ -39,26 +38,15 @@ const ADDED: (&str, &str) = (
 /// The binary `vault`; built on first use.
 pub(crate) fn binary() -> Result<PathBuf, Error> {
     let module = tools::root().join("fuse-tests/servers/vault");
-    let directory = tools::directory("vault", &key(&module)?);
+    let changed: Vec<&str> =
+        CHANGES.iter().flat_map(|&(file, old, new)| [file, old, new]).chain([ADDED.1]).collect();
+    let directory = tools::directory("vault", &go::key(&module, &["main.go"], &changed)?);
     let binary = directory.join("vault");
     if !binary.exists() {
         println!("building a Vault server once, 10 to 15 minutes on two cores");
         build(&module, &directory)?;
     }
     Ok(binary)
-}
-
-/// What the build depends on, as a short name.
-fn key(module: &Path) -> Result<String, Error> {
-    let mut hash = Fnv::new();
-    for file in ["go.sum", "go.mod", "main.go"] {
-        hash.add(&fs::read(module.join(file))?);
-    }
-    for (file, old, new) in CHANGES {
-        [file, old, new].iter().for_each(|text| hash.add(text.as_bytes()));
-    }
-    hash.add(ADDED.1.as_bytes());
-    Ok(format!("{:016x}", hash.0))
 }
 
 fn build(module: &Path, directory: &Path) -> Result<(), Error> {
@@ -71,7 +59,7 @@ fn build(module: &Path, directory: &Path) -> Result<(), Error> {
         fs::copy(module.join(file), source.join(file))?;
     }
     let published =
-        command::output(go(&source).args(["mod", "download", "-json", &format!("{SDK}@{SDK_VERSION}")]))?;
+        command::output(go::go(&source).args(["mod", "download", "-json", &format!("{SDK}@{SDK_VERSION}")]))?;
     let published: serde_json::Value = serde_json::from_str(&published)?;
     let published = published["Dir"].as_str().ok_or("go mod download named no directory")?;
     let sdk = source.join("sdk");
@@ -81,20 +69,10 @@ fn build(module: &Path, directory: &Path) -> Result<(), Error> {
     }
     fs::write(sdk.join(ADDED.0), ADDED.1)?;
     let require = format!("-require={SDK}@{SDK_VERSION}");
-    command::run(go(&source).args(["mod", "edit", &require, &format!("-replace={SDK}=./sdk")]))?;
-    // Renamed into place when it is whole, so that a run that was interrupted leaves no half of a server.
-    let partial = directory.join("vault.partial");
-    command::run(go(&source).args(["build", "-trimpath", "-ldflags=-s -w", "-o"]).arg(&partial).arg("."))?;
-    fs::rename(&partial, directory.join("vault"))?;
+    command::run(go::go(&source).args(["mod", "edit", &require, &format!("-replace={SDK}=./sdk")]))?;
+    go::build(&source, ".", &directory.join("vault"))?;
     fs::remove_dir_all(&source)?;
     Ok(())
-}
-
-fn go(directory: &Path) -> Command {
-    let mut go = Command::new("go");
-    go.current_dir(directory);
-    go.envs([("GOFLAGS", "-mod=mod"), ("GOTOOLCHAIN", "local"), ("CGO_ENABLED", "0")]);
-    go
 }
 
 /// Copies a tree and makes the copy writable, which Go's module cache is not.
@@ -122,21 +100,6 @@ fn change(file: &Path, old: &str, new: &str) -> Result<(), Error> {
     Ok(())
 }
 
-/// FNV-1a, 64 bits: a name for a cache's directory, no protection against anybody.
-struct Fnv(u64);
-
-impl Fnv {
-    fn new() -> Self {
-        Self(0xcbf2_9ce4_8422_2325)
-    }
-
-    fn add(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -151,12 +114,5 @@ mod tests {
         change(&file, "one", "1").unwrap();
         assert_eq!(fs::read_to_string(&file).unwrap(), "1 two two");
         fs::remove_dir_all(&directory).unwrap();
-    }
-
-    #[test]
-    fn the_key_follows_the_pinned_versions() {
-        let module = tools::root().join("fuse-tests/servers/vault");
-        assert_eq!(key(&module).unwrap().len(), 16);
-        assert!(key(&module.join("nowhere")).is_err());
     }
 }
