@@ -95,7 +95,7 @@ impl Process {
         until("its end", SOON, || self.ended())
     }
 
-    /// Its open descriptors: how many of each kind.
+    /// Its open descriptors, its log aside: how many of each kind.
     ///
     /// # Panics
     /// It has ended.
@@ -104,7 +104,9 @@ impl Process {
         let mut kinds = BTreeMap::new();
         for entry in std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap() {
             // One that was closed meanwhile is not open.
-            if let Ok(open) = std::fs::read_link(entry.unwrap().path()) {
+            if let Ok(open) = std::fs::read_link(entry.unwrap().path())
+                && open != self.log
+            {
                 let open = open.display().to_string();
                 let kind = open.split_once(":[").map_or(open.as_str(), |(kind, _)| kind);
                 *kinds.entry(kind.to_owned()).or_default() += 1;
