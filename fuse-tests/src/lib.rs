@@ -3,7 +3,8 @@
 //!
 //! ```text
 //!   test ──JSON lines──▶ test-agent (agent.rs): mounts without a store, or many classes in one process
-//!     │  └─arguments───▶ fuse-secrets mount (product.rs): the real program
+//!     │  ├─arguments───▶ fuse-secrets mount (product.rs): the real program
+//!     │  └─CSI, signals▶ fuse-secrets-csi and fuse-secrets agent (node.rs): a whole node
 //!     ├──HTTP──────────▶ stores (backend.rs): embedded, Vault, OpenBao
 //!     └──read(2)───────▶ kernel ──▶ one of the first two
 //! ```
@@ -21,6 +22,9 @@ pub mod memory;
 pub mod mounted;
 /// What this machine must have.
 pub mod needs;
+/// A node of real processes: store, shim, agents, kubelet's calls.
+#[cfg(feature = "node")]
+pub mod node;
 /// The real program as a child.
 pub mod product;
 /// Threads that read and judge what they read.
