@@ -26,10 +26,15 @@ pub(crate) fn in_own_mounts(name: &str) {
     assert!(text.contains("1 passed"), "there is no test {name}");
 }
 
-/// Starts the test `name` in a process of its own that has `stdin`.
+/// Starts the test `name` in a process of its own that has `stdin` and nothing else of this one: it may outlive a test that fails.
 pub(crate) fn start(name: &str, argument: &str, stdin: Stdio) -> Child {
     let mut command = Command::new(std::env::current_exe().unwrap());
-    itself(&mut command, name, argument).stdin(stdin).stdout(Stdio::null()).spawn().unwrap()
+    itself(&mut command, name, argument)
+        .stdin(stdin)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
 }
 
 fn itself<'a>(command: &'a mut Command, name: &str, argument: &str) -> &'a mut Command {

@@ -17,7 +17,7 @@ use rustix::mount::{
 
 use crate::mountinfo::Device;
 use crate::sys;
-use crate::target::Target;
+use crate::target::{HANDLE, Target};
 
 /// What no mount of a volume lets happen.
 pub(crate) const ATTRIBUTES: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_RDONLY
@@ -42,25 +42,13 @@ pub(crate) struct Options {
 pub(crate) enum MountError {
     /// The kernel has no FUSE, or the device is out of reach.
     #[error("cannot open /dev/fuse: {0}; load the fuse module, and run the shim privileged")]
-    Device(#[source] io::Error),
-    /// A step of making the mount.
-    #[error("cannot make a FUSE mount: {step}: {error}")]
-    Make {
-        /// The system call, and for a setting its name.
-        step: &'static str,
-        /// What it said.
-        #[source]
-        error: io::Error,
-    },
-    /// The mount could not be attached.
-    #[error("cannot mount on {path:?}: {error}")]
-    Attach {
-        /// The target.
-        path: PathBuf,
-        /// What the kernel said.
-        #[source]
-        error: io::Error,
-    },
+    Device(io::Error),
+    /// The mount could not be made: the call or setting, and what the kernel said.
+    #[error("cannot make a FUSE mount: {0}: {1}")]
+    Make(&'static str, io::Error),
+    /// The mount could not be attached: the target, and what the kernel said.
+    #[error("cannot mount on {0:?}: {1}")]
+    Attach(PathBuf, io::Error),
 }
 
 /// A mount that is attached nowhere. Dropped, it is gone, and so is the connection once its descriptors are closed.
@@ -83,7 +71,7 @@ pub(crate) fn create(volume: &str, options: &Options) -> Result<(OwnedFd, Detach
 /// # Errors
 /// [`MountError`]; ENOTCONN inside if its last mount is gone: it cannot come back.
 pub(crate) fn again(fuse: BorrowedFd<'_>, volume: &str, options: &Options) -> Result<Detached, MountError> {
-    let failed = |step| move |error: Errno| MountError::Make { step, error: error.into() };
+    let failed = |step| move |error: Errno| MountError::Make(step, error.into());
     let context = fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC).map_err(failed("fsopen"))?;
     let context = context.as_fd();
     let mut settings = vec![
@@ -118,7 +106,7 @@ impl Detached {
             move_onto(self.0.as_fd(), at.as_fd())?;
             device(self.0.as_fd())
         };
-        attach().map_err(|error| MountError::Attach { path: target.path().to_owned(), error })
+        attach().map_err(|error| MountError::Attach(target.path().to_owned(), error))
     }
 }
 
@@ -195,18 +183,20 @@ pub(crate) fn is_dead(target: &Target, mount: Device) -> io::Result<bool> {
 /// # Errors
 /// As openat2(2).
 pub(crate) fn open_handle(path: &Path) -> io::Result<OwnedFd> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    Ok(openat2(CWD, path, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS)?)
+    Ok(openat2(CWD, path, HANDLE, Mode::empty(), ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS)?)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::process::ExitStatusExt;
+
     use rustix::event::{PollFd, PollFlags, poll};
+    use rustix::process::{Pid, PidfdFlags};
 
     use super::*;
     use crate::child::{self, Node, options};
     use crate::mountinfo;
-    use crate::target::Occupant;
+    use crate::target::{Occupant, Root};
 
     /// Whether the kernel has given a connection up.
     fn is_over(fuse: &OwnedFd) -> bool {
@@ -356,5 +346,50 @@ mod tests {
         assert_eq!(target.occupant(&mountinfo::read().unwrap()), Occupant::Nothing);
         target.remove().unwrap();
         assert_eq!(detach_all(&target).unwrap(), 0);
+    }
+
+    const A_PROCESS_THAT_DIES: &str = "mount::tests::a_process_that_dies_while_it_asks_its_own_mount";
+
+    /// Mounts on the target that it is told, takes the question whether it is alive, and is killed instead of answering.
+    #[test]
+    fn a_process_that_dies_while_it_asks_its_own_mount() {
+        let Some(path) = child::argument().map(PathBuf::from) else { return };
+        let target = Root::open(path.parent().unwrap()).unwrap().resolve(&path).unwrap();
+        let (fuse, mount) = create("csi-1", &options()).unwrap();
+        let device = mount.attach(&target).unwrap();
+        let mut request = [0; 1 << 16];
+        rustix::io::read(&fuse, &mut request).unwrap();
+        // struct fuse_out_header: length, error, unique; struct fuse_init_out: version 7.31, max_write 4096.
+        let mut reply = [0; 80];
+        reply[..4].copy_from_slice(&80_u32.to_ne_bytes());
+        reply[8..16].copy_from_slice(&request[8..16]);
+        for (at, number) in [(16, 7_u32), (20, 31), (36, 4096)] {
+            reply[at..at + 4].copy_from_slice(&number.to_ne_bytes());
+        }
+        rustix::io::write(&fuse, &reply).unwrap();
+        std::thread::spawn(move || is_dead(&target, device));
+        rustix::io::read(&fuse, &mut request).unwrap();
+        assert_eq!(request[4..8], 3_u32.to_ne_bytes(), "FUSE_GETATTR");
+        rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL).unwrap();
+    }
+
+    #[test]
+    fn asking_a_mount_does_not_keep_it_alive() {
+        if child::argument().is_none() {
+            return child::in_own_mounts("mount::tests::asking_a_mount_does_not_keep_it_alive");
+        }
+        let node = Node::new();
+        let target = node.target("mount");
+        let path = target.path().to_str().unwrap();
+        // A thread whose request was taken and not answered cannot be killed; if it held the connection, neither could its process.
+        let mut process = child::start(A_PROCESS_THAT_DIES, path, std::process::Stdio::null());
+        let ended = rustix::process::pidfd_open(Pid::from_child(&process), PidfdFlags::empty()).unwrap();
+        let minute = rustix::event::Timespec { tv_sec: 60, tv_nsec: 0 };
+        assert_eq!(poll(&mut [PollFd::new(&ended, PollFlags::IN)], Some(&minute)), Ok(1), "it cannot end");
+        assert_eq!(process.wait().unwrap().signal(), Some(libc::SIGKILL));
+        let Occupant::Ours { device, .. } = target.occupant(&mountinfo::read().unwrap()) else {
+            panic!("nothing was mounted");
+        };
+        assert!(is_dead(&target, device).unwrap());
     }
 }

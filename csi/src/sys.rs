@@ -6,7 +6,7 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::mpsc;
+use std::sync::{Arc, LazyLock, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -100,14 +100,18 @@ pub(crate) fn install_wake_signal() -> io::Result<()> {
     check(result.into())
 }
 
-/// Interrupts a thread of this process if it is in a blocking call just now; a call that begins later is not.
+/// Interrupts a thread of this process if it is in a blocking call just now; a call that begins later is not, so repeat it until
+/// the thread has done what it was woken for. One that has ended needs no waking.
 ///
 /// # Errors
-/// ESRCH if it has ended.
+/// None that tgkill(2) knows for a thread of this process.
 pub(crate) fn wake(thread: Pid) -> io::Result<()> {
     let process = rustix::process::getpid().as_raw_nonzero().get();
     // SAFETY: takes three numbers; the process is this one, and the signal's action is to do nothing, or to be ignored.
-    check(unsafe { libc::syscall(libc::SYS_tgkill, process, thread.as_raw_nonzero().get(), WAKE) })
+    match check(unsafe { libc::syscall(libc::SYS_tgkill, process, thread.as_raw_nonzero().get(), WAKE) }) {
+        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+        other => other,
+    }
 }
 
 /// Runs `work` on a thread that may hang in the kernel, may change its namespaces, and has no descriptor but the standard ones:
@@ -115,13 +119,20 @@ pub(crate) fn wake(thread: Pid) -> io::Result<()> {
 /// go neither in nor out.
 ///
 /// # Errors
-/// Those of `work`; TimedOut after `deadline`, and the thread is left to itself.
+/// Those of `work`; TimedOut after `deadline`, and the thread is left to itself; QuotaExceeded while 64 such threads hang.
 pub(crate) fn seclude<T: Send + 'static>(
     deadline: Duration,
     work: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {
+    // One reference for each that runs, and this one.
+    static RUNNING: LazyLock<Arc<()>> = LazyLock::new(Arc::default);
+    let place = Arc::clone(&RUNNING);
+    if Arc::strong_count(&place) > 65 {
+        return Err(io::Error::new(io::ErrorKind::QuotaExceeded, "64 threads hang in the kernel already"));
+    }
     let (answer, answered) = mpsc::sync_channel(1);
     let run = move || {
+        let _place = place;
         // SAFETY: both take numbers. From here the thread has a working directory and a descriptor table of its own; the standard
         // library keeps no descriptors per thread, and `work` owns none of the old table, so nobody misses those closed here.
         let alone = check(unsafe { libc::unshare(libc::CLONE_FS) }.into()).and_then(|()| {
@@ -261,11 +272,11 @@ mod tests {
         });
         let id = told.recv().unwrap();
         while !blocked.is_finished() {
-            // It may end between the two.
-            let _ = wake(id);
+            wake(id).unwrap();
             thread::yield_now();
         }
         assert_eq!(blocked.join().unwrap(), Err(Errno::INTR));
+        wake(id).unwrap();
     }
 
     #[test]
@@ -286,9 +297,26 @@ mod tests {
     }
 
     #[test]
-    fn a_secluded_thread_that_hangs_is_left_to_itself() {
-        let (_never, answer) = mpsc::channel::<()>();
-        let hung = seclude(Duration::from_millis(1), move || answer.recv().map_err(io::Error::other));
-        assert_eq!(hung.unwrap_err().kind(), io::ErrorKind::TimedOut);
+    fn secluded_threads_that_hang_are_left_to_themselves_and_bounded() {
+        let name = "sys::tests::secluded_threads_that_hang_are_left_to_themselves_and_bounded";
+        if child::argument().is_none() {
+            // Alone in its process: other tests seclude threads too.
+            return child::in_own_mounts(name);
+        }
+        let (never, answer) = std::sync::mpsc::channel::<()>();
+        let answer = std::sync::Arc::new(std::sync::Mutex::new(answer));
+        let hang = || {
+            let answer = std::sync::Arc::clone(&answer);
+            let work = move || answer.lock().unwrap().recv().map_err(io::Error::other);
+            seclude(Duration::from_millis(1), work).unwrap_err().kind()
+        };
+        for _ in 0..64 {
+            assert_eq!(hang(), io::ErrorKind::TimedOut);
+        }
+        assert_eq!(hang(), io::ErrorKind::QuotaExceeded);
+        drop(never);
+        while seclude(Duration::from_secs(60), || Ok(())).is_err() {
+            thread::yield_now();
+        }
     }
 }

@@ -16,7 +16,7 @@ use rustix::io::Errno;
 use crate::mountinfo::{Device, Entry, topmost};
 
 /// How anything is opened that may lie in a pod's reach: not to be read, through no link.
-const HANDLE: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
+pub(crate) const HANDLE: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 const NO_LINKS: ResolveFlags =
     ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
 
@@ -24,30 +24,19 @@ const NO_LINKS: ResolveFlags =
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum TargetError {
     /// The root itself cannot be used.
-    #[error("cannot open the kubelet root {path:?}: {error}; --kubelet-root names it")]
-    Root {
-        /// The root.
-        path: PathBuf,
-        /// Why not.
-        #[source]
-        error: io::Error,
-    },
+    #[error("cannot open the kubelet root {0:?}: {1}; --kubelet-root names it")]
+    Root(PathBuf, io::Error),
     /// A relative path.
     #[error("target path {0:?} is not absolute")]
     Relative(PathBuf),
     /// A path with `.` or `..`.
     #[error("target path {0:?} has a component . or .., which a target path must not have")]
     Dots(PathBuf),
-    /// A path elsewhere.
+    /// A path elsewhere: the path, the root.
     #[error(
-        "target path {path:?} is not below the kubelet root {root:?}; if kubelet's is another, set --kubelet-root"
+        "target path {0:?} is not below the kubelet root {1:?}; if kubelet's is another, set --kubelet-root"
     )]
-    Outside {
-        /// The path.
-        path: PathBuf,
-        /// The root.
-        root: PathBuf,
-    },
+    Outside(PathBuf, PathBuf),
     /// A link on the way.
     #[error(
         "target path {0:?} leads through a symbolic link, and links below the kubelet root are not followed"
@@ -57,14 +46,8 @@ pub(crate) enum TargetError {
     #[error("target path {0:?}: its parent directory does not exist")]
     Missing(PathBuf),
     /// Its parent cannot be opened for another reason.
-    #[error("cannot open the parent directory of target path {path:?}: {error}")]
-    Parent {
-        /// The path.
-        path: PathBuf,
-        /// Why not.
-        #[source]
-        error: io::Error,
-    },
+    #[error("cannot open the parent directory of target path {0:?}: {1}")]
+    Parent(PathBuf, io::Error),
 }
 
 /// kubelet's root directory, below which every target lies.
@@ -81,10 +64,9 @@ impl Root {
     /// # Errors
     /// [`TargetError::Root`]
     pub(crate) fn open(path: &Path) -> Result<Self, TargetError> {
-        let failed = |error| TargetError::Root { path: path.to_owned(), error };
-        let directory =
-            rustix::fs::open(path, HANDLE, Mode::empty()).map_err(|error| failed(error.into()))?;
-        Ok(Self { directory, given: path.to_owned(), real: path.canonicalize().map_err(failed)? })
+        let open = || Ok((rustix::fs::open(path, HANDLE, Mode::empty())?, path.canonicalize()?));
+        let (directory, real) = open().map_err(|error| TargetError::Root(path.to_owned(), error))?;
+        Ok(Self { directory, given: path.to_owned(), real })
     }
 
     /// Resolves all of an absolute path but its last component, which need not exist.
@@ -99,21 +81,19 @@ impl Root {
         if path.as_os_str().as_bytes().split(|byte| *byte == b'/').any(|name| matches!(name, b"." | b"..")) {
             return Err(TargetError::Dots(path.to_owned()));
         }
-        let outside = || TargetError::Outside { path: path.to_owned(), root: self.given.clone() };
+        let outside = || TargetError::Outside(path.to_owned(), self.given.clone());
         let below = path.strip_prefix(&self.given).map_err(|_| outside())?;
         let (Some(parent), Some(name)) = (below.parent(), below.file_name()) else {
             return Err(outside());
         };
         // BENEATH takes no empty path.
         let from = Path::new(".").join(parent);
-        let parent =
-            openat2(&self.directory, &from, HANDLE, Mode::empty(), NO_LINKS).map_err(
-                |error| match error {
-                    Errno::LOOP => TargetError::Link(path.to_owned()),
-                    Errno::NOENT => TargetError::Missing(path.to_owned()),
-                    error => TargetError::Parent { path: path.to_owned(), error: error.into() },
-                },
-            )?;
+        let refused = |error| match error {
+            Errno::LOOP => TargetError::Link(path.to_owned()),
+            Errno::NOENT => TargetError::Missing(path.to_owned()),
+            error => TargetError::Parent(path.to_owned(), error.into()),
+        };
+        let parent = openat2(&self.directory, &from, HANDLE, Mode::empty(), NO_LINKS).map_err(refused)?;
         Ok(Target { parent, name: name.to_owned(), path: self.real.join(below) })
     }
 }
