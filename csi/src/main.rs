@@ -137,14 +137,14 @@ impl Mode {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     start::log(arguments.log, arguments.log_format);
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let build = || tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let run = |runtime: tokio::runtime::Runtime| {
         let ended = runtime.block_on(run(arguments));
         // A thread that hangs in the kernel is left to itself.
         runtime.shutdown_background();
         ended
     };
-    match start::harden().and_then(|()| runtime).and_then(run) {
+    match start::harden().and_then(|()| build()).and_then(run) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!(%error, "the shim ends");

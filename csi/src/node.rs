@@ -199,9 +199,7 @@ fn read(request: csi::NodePublishVolumeRequest) -> Result<(Publish, usize), Stat
     let tokens = first.or(second).unwrap_or_default();
     let bytes = tokens.len() + context.iter().map(|(key, value)| key.len() + value.len()).sum::<usize>();
     if bytes > MOST_CONTEXT {
-        let rule =
-            format!("is longer than {MOST_CONTEXT} bytes in all; shorten the volume's volumeAttributes");
-        return Err(invalid("volume_context", &rule));
+        return Err(invalid("volume_context", "is longer than 256 KiB in all; shorten the volumeAttributes"));
     }
     let (pod, attributes): (BTreeMap<_, _>, _) =
         context.into_iter().partition(|(key, _)| key.starts_with(KUBELET));
@@ -217,10 +215,7 @@ fn read(request: csi::NodePublishVolumeRequest) -> Result<(Publish, usize), Stat
 fn check(volume: &str, field: &str, path: &str) -> Result<(), Status> {
     let safe = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
     if volume.is_empty() || volume.len() > LONGEST_VOLUME || !volume.bytes().all(safe) {
-        let rule = format!(
-            "must be 1 to {LONGEST_VOLUME} letters, digits, dashes, underscores and dots; kubelet gives it"
-        );
-        return Err(invalid("volume_id", &rule));
+        return Err(invalid("volume_id", "must be 1 to 128 letters, digits and -_.; kubelet gives it"));
     }
     if path.is_empty() || path.len() > LONGEST_PATH {
         return Err(invalid(field, "must be a path of 1 to 4096 bytes; kubelet gives it"));

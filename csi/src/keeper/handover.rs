@@ -2,8 +2,11 @@
 
 use fuse_secrets_csi::wire::message::Handover;
 
+/// As `uname` counts: three numbers.
+type Version = (u32, u32, u32);
+
 /// Releases whose `FUSE_NOTIFY_RESEND` has no known bug: from the first, below the second (CVE-2026-64265, CVE-2024-38626).
-const SAFE: [((u32, u32, u32), (u32, u32, u32)); 3] =
+const SAFE: [(Version, Version); 3] =
     [((6, 12, 96), (6, 13, 0)), ((6, 18, 39), (6, 19, 0)), ((7, 1, 4), (u32::MAX, 0, 0))];
 
 /// What suits a kernel, by its release as `uname` tells it. One that is not known to be safe gets [`Handover::Clone`].

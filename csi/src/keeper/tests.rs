@@ -83,7 +83,9 @@ impl World {
         }
         let told = self.told.swap_remove(which % self.told.len());
         let mut lets_go = |volume: &Name, agent| {
-            self.readers.get_mut(volume).is_some_and(|readers| readers.remove(&agent));
+            if let Some(readers) = self.readers.get_mut(volume) {
+                readers.remove(&agent);
+            }
         };
         match told {
             Action::Adopt(_, agent, _) | Action::Drain(_, agent) if !self.alive.contains(&agent) => {}

@@ -155,8 +155,8 @@ impl Keeper {
     ) -> Result<(), String> {
         let since = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
         let pid = peer.pid;
-        let mut about = About { pid, supervisor: peer.parent, program, since };
-        about.program.truncate(about.program.floor_char_boundary(64));
+        let program = program.chars().take(64).collect();
+        let about = About { pid, supervisor: peer.parent, program, since };
         let pidfd = peer.pidfd.try_clone().and_then(sys::watch).map_err(|error| error.to_string())?;
         let mut reply = Some(reply);
         let mut number = 0;

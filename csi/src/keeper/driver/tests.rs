@@ -23,13 +23,30 @@ fn soon() -> Instant {
 struct Node {
     keeper: Keeper,
     supervisor: Link,
-    directory: tempfile::TempDir,
+    directory: Directory,
+}
+
+/// Takes mounts away before it is removed: this process must not look into them.
+struct Directory(tempfile::TempDir);
+
+impl Directory {
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        for entry in mountinfo::read().unwrap().iter().filter(|entry| entry.volume().is_some()) {
+            rustix::mount::unmount(&entry.point, rustix::mount::UnmountFlags::DETACH).unwrap();
+        }
+    }
 }
 
 impl Node {
     async fn start(handover: Handover, gap_deadline: Duration) -> Self {
         crate::sys::install_wake_signal().unwrap();
-        let directory = tempfile::tempdir().unwrap();
+        let directory = Directory(tempfile::tempdir().unwrap());
         let keeper =
             Keeper::start(settings(directory.path(), handover, gap_deadline), Arc::default()).unwrap();
         let supervisor = supervise(directory.path()).await;
@@ -193,6 +210,7 @@ async fn work(
     served: &mut HashMap<String, OwnedFd>,
     handover: Handover,
 ) -> Message {
+    let fresh = matches!(message, Message::Publish(_));
     let volume = match message {
         Message::Stats(stats) => return Message::Stats(stats),
         Message::Publish(message::Publish { attributes, .. }) if attributes.contains_key("refuse") => {
@@ -204,7 +222,7 @@ async fn work(
             else {
                 return done();
             };
-            // This fake reads with poll, so nothing is taken when its thread is told to end.
+            // Its thread still reads: what it takes, it answers as well as any other would.
             served.remove(&volume);
             return done();
         }
@@ -227,47 +245,51 @@ async fn work(
         _ => return done(),
     };
     let fuse = descriptors.into_iter().next().unwrap();
-    if handover == Handover::Resend {
+    if handover == Handover::Resend && !fresh {
         let resend = [16_u32.to_ne_bytes(), 7_u32.to_ne_bytes(), [0; 4], [0; 4]].concat();
-        // Refused before INIT, when there is nothing to be sent again.
-        let _ = rustix::io::write(&fuse, &resend);
+        rustix::io::write(&fuse, &resend).unwrap();
+    }
+    if fresh {
+        assert!(serve_one(&fuse, &mut vec![0; 1 << 17]), "INIT");
     }
     let reads = fuse.try_clone().unwrap();
     served.insert(volume, fuse);
-    std::thread::spawn(move || serve(&reads));
+    std::thread::spawn(move || {
+        let mut request = vec![0; 1 << 17];
+        while serve_one(&reads, &mut request) {}
+    });
     done()
 }
 
-/// Answers INIT and GETATTR.
-fn serve(fuse: &OwnedFd) {
-    let mut request = vec![0; 1 << 17];
-    while let Ok(read) = rustix::io::read(fuse, &mut *request) {
-        let opcode = u32::from_ne_bytes(request[4..8].try_into().unwrap());
-        let mut body = Vec::new();
-        let mut error = 0_i32;
-        match opcode {
-            2 | 36 | 42 => continue,
-            // fuse_init_out: 7.31, then zeros, max_write 4096.
-            26 => {
-                body = vec![0; 64];
-                body[0] = 7;
-                body[4] = 31;
-                body[21] = 16;
-            }
-            // fuse_attr_out: ino 1, mode directory 0755, nlink 1.
-            3 => {
-                body = vec![0; 104];
-                body[16] = 1;
-                body[76..80].copy_from_slice(&0o040_755_u32.to_ne_bytes());
-                body[80] = 1;
-            }
-            _ => error = -38,
+/// Answers INIT and GETATTR; `false`: the mount is gone.
+fn serve_one(fuse: &OwnedFd, request: &mut [u8]) -> bool {
+    let Ok(read) = rustix::io::read(fuse, &mut *request) else { return false };
+    let opcode = u32::from_ne_bytes(request[4..8].try_into().unwrap());
+    let mut body = Vec::new();
+    let mut error = 0_i32;
+    match opcode {
+        2 | 36 | 42 => return true,
+        // fuse_init_out: 7.31, then zeros, max_write 4096.
+        26 => {
+            body = vec![0; 64];
+            body[0] = 7;
+            body[4] = 31;
+            body[21] = 16;
         }
-        assert!(read >= 40);
-        let length = u32::try_from(16 + body.len()).unwrap();
-        let header = [&length.to_ne_bytes()[..], &error.to_ne_bytes(), &request[8..16], &body].concat();
-        let _ = rustix::io::write(fuse, &header);
+        // fuse_attr_out: ino 1, mode directory 0755, nlink 1.
+        3 => {
+            body = vec![0; 104];
+            body[16] = 1;
+            body[76..80].copy_from_slice(&0o040_755_u32.to_ne_bytes());
+            body[80] = 1;
+        }
+        _ => error = -38,
     }
+    assert!(read >= 40);
+    let length = u32::try_from(16 + body.len()).unwrap();
+    let header = [&length.to_ne_bytes()[..], &error.to_ne_bytes(), &request[8..16], &body].concat();
+    let _ = rustix::io::write(fuse, &header);
+    true
 }
 
 /// Runs a test in a process with mounts of its own.
