@@ -6,6 +6,7 @@ use super::*;
 use crate::cache::Limits;
 use crate::reference::{Encoding, FilePath, Freshness, Ownership, Request};
 use crate::secret::arena::Arena;
+use crate::secret::pages::Sharing;
 use crate::store::scripted::{Scenario, Scripted, identity, token};
 
 struct Bench {
@@ -219,7 +220,7 @@ async fn a_generation_for_which_there_was_no_room_is_built_when_there_is() {
     bench.store.rotate("app", "one");
     let volume = bench.volume(&[("password", "password")], Freshness::default());
     bench.publish(&volume).await.unwrap();
-    let hoard = bench.memory.allocate(2 * crate::sys::page_size()).unwrap();
+    let hoard = bench.memory.allocate(2 * crate::sys::page_size(), Sharing::Own).unwrap();
     bench.store.rotate("app", "two");
     pass(70).await;
     assert_eq!(content(&volume, 0).unwrap(), "one");
