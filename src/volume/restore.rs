@@ -190,3 +190,6 @@ fn nothing() -> VolumeSpec {
         ownership: Ownership::default(),
     }
 }
+
+#[cfg(test)]
+mod tests;

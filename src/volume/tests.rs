@@ -9,15 +9,15 @@ use crate::secret::arena::Arena;
 use crate::secret::pages::Sharing;
 use crate::store::scripted::{Scenario, Scripted, identity, token};
 
-struct Bench {
-    store: Arc<Scripted>,
-    cache: Cache,
-    memory: Arc<SecretMemory>,
+pub(super) struct Bench {
+    pub(super) store: Arc<Scripted>,
+    pub(super) cache: Cache,
+    pub(super) memory: Arc<SecretMemory>,
     metrics: Arc<Metrics>,
 }
 
 impl Bench {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let (store, memory, metrics) =
             (Scripted::new(), SecretMemory::new().unwrap(), Arc::<Metrics>::default());
         let arena = Arena::new(Arc::clone(&memory));
@@ -25,7 +25,7 @@ impl Bench {
         Self { store, cache, memory, metrics }
     }
 
-    fn volume(&self, files: &[(&str, &str)], freshness: Freshness) -> Arc<Volume> {
+    pub(super) fn spec(files: &[(&str, &str)], freshness: Freshness) -> VolumeSpec {
         let file = |&(path, key): &(&str, &str)| FileSpec {
             path: FilePath::parse(path).unwrap(),
             request: Request { method: Method::Get, path: "app".into(), query: None, args: None },
@@ -33,36 +33,42 @@ impl Bench {
             encoding: Encoding::Utf8,
             ownership: Ownership::default(),
         };
-        let spec = VolumeSpec {
+        VolumeSpec {
             class: "test".into(),
             identity: identity(),
             files: files.iter().map(file).collect(),
             freshness,
             ownership: Ownership::default(),
-        };
-        let surroundings = Surroundings {
+        }
+    }
+
+    pub(super) fn surroundings(&self) -> Surroundings {
+        Surroundings {
             memory: Arc::clone(&self.memory),
             metrics: Arc::clone(&self.metrics),
             default_owner: (0, 0),
-        };
-        Volume::new(VolumeId("v".into()), spec, None, surroundings)
+        }
     }
 
-    async fn publish(&self, volume: &Arc<Volume>) -> Result<(), PublishError> {
+    fn volume(&self, files: &[(&str, &str)], freshness: Freshness) -> Arc<Volume> {
+        Volume::new(VolumeId("v".into()), Self::spec(files, freshness), None, self.surroundings())
+    }
+
+    pub(super) async fn publish(&self, volume: &Arc<Volume>) -> Result<(), PublishError> {
         let deadline = now().monotonic + Duration::from_secs(5);
         volume.publish(&self.cache, Arc::new(Credential::Jwt(token("jwt"))), deadline).await
     }
 }
 
-fn now() -> Moment {
+pub(super) fn now() -> Moment {
     Moment { monotonic: tokio::time::Instant::now().into_std(), wall: SystemTime::now() }
 }
 
-async fn pass(seconds: u64) {
+pub(super) async fn pass(seconds: u64) {
     tokio::time::sleep(Duration::from_secs(seconds)).await;
 }
 
-fn content(volume: &Volume, file: usize) -> Option<String> {
+pub(super) fn content(volume: &Volume, file: usize) -> Option<String> {
     let current = volume.generations().current().unwrap();
     current.snapshot.value(file).map(|bytes| String::from_utf8(bytes.to_vec()).unwrap())
 }
