@@ -4,17 +4,21 @@
 //! ```text
 //!   Agent::start:  memory ─▶ arena, bounce pool ─▶ store ─▶ cache ─▶ invalidator ─▶ admin socket
 //!   Agent::mount:  spec ─▶ volume published (all files, or refused) ─▶ mounted ─▶ INIT answered ─▶ served
-//!   shutdown:      unmounted ─▶ sessions ended ─▶ volumes dropped ─▶ cache drained (tokens revoked), each with a deadline
+//!   Agent::lend:   the same on a mount that somebody else made; Agent::adopt: on one that another agent served (`lent`)
+//!   shutdown:      unmounted, or drained ─▶ sessions ended ─▶ volumes dropped ─▶ cache drained (tokens revoked), each with a deadline
 //! ```
 
 /// The socket that the debug commands ask.
 pub mod admin;
+/// Volumes whose mount is somebody else's.
+pub mod lent;
 /// Where agents of one user meet: directories for sockets and mounts.
 pub mod runtime;
 /// What the debug commands show of a volume.
 pub mod status;
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -27,7 +31,7 @@ use crate::fs::Fs;
 use crate::fuse::handshake;
 use crate::fuse::mount::{Mount, MountError, Options};
 use crate::fuse::notify::Invalidator;
-use crate::fuse::session::{End, Session};
+use crate::fuse::session::{End, Parts, Session};
 use crate::metrics::Metrics;
 use crate::reference::{VolumeId, VolumeSpec};
 use crate::secret::arena::Arena;
@@ -35,7 +39,7 @@ use crate::secret::bounce::Pool;
 use crate::secret::pages::{MemoryError, SecretMemory};
 use crate::store::{Credential, Store};
 use crate::sys::alloc;
-use crate::volume::{Pod, PublishError, Surroundings, Volume};
+use crate::volume::{Keeper, Pod, PublishError, Surroundings, Volume};
 
 /// Size of a bounce buffer where locked memory allows: the largest reply. 128 KiB stays in a core's second-level cache,
 /// so that the extra copy of each reply costs little (docs/architecture.md).
@@ -99,6 +103,7 @@ pub struct Agent {
     metrics: Arc<Metrics>,
     cache: Cache,
     invalidator: Invalidator,
+    keeper: Option<Arc<dyn Keeper>>,
     served: DashMap<VolumeId, Arc<Served>>,
     /// Told of each volume that came or went.
     moved: watch::Sender<()>,
@@ -107,8 +112,16 @@ pub struct Agent {
 /// A volume that is mounted and answered.
 pub struct Served {
     fs: Arc<Fs>,
-    mount: Mount,
+    seat: Seat,
     session: Session,
+}
+
+/// Whose a mount is.
+enum Seat {
+    /// This agent's.
+    Own(Mount),
+    /// The one's who keeps the volume's parts.
+    Lent,
 }
 
 impl Served {
@@ -126,18 +139,32 @@ impl Served {
 
     /// Where it is mounted.
     #[must_use]
-    pub fn mount(&self) -> &Mount {
-        &self.mount
+    pub fn path(&self) -> &Path {
+        match (&self.seat, self.volume().lending()) {
+            (Seat::Own(mount), _) => mount.path(),
+            (Seat::Lent, lending) => lending.map_or(Path::new(""), |lending| Path::new(&lending.target)),
+        }
+    }
+
+    /// Takes an own mount away from its directory; a lent one is not ours to take.
+    ///
+    /// # Errors
+    /// As [`Mount::detach`].
+    pub fn detach(&self) -> io::Result<()> {
+        match &self.seat {
+            Seat::Own(mount) => mount.detach(),
+            Seat::Lent => Ok(()),
+        }
     }
 
     /// Returns when it is unmounted, whoever did it, and its last file is closed; or when it cannot be served any more, after
-    /// its dead mount was taken away.
+    /// its dead mount was taken away; or when it begins to be drained.
     pub async fn ended(&self) -> End {
         let end = self.session.ended().await;
         if end == End::Failed
-            && let Err(error) = self.mount.detach()
+            && let Err(error) = self.detach()
         {
-            tracing::error!(path = %self.mount.path().display(), %error, "a dead mount stays");
+            tracing::error!(path = %self.path().display(), %error, "a dead mount stays");
         }
         end
     }
@@ -153,6 +180,15 @@ impl Agent {
         metrics: Arc<Metrics>,
         setup: Setup,
     ) -> Result<Arc<Self>, StartError> {
+        Self::assemble(store, metrics, setup, None)
+    }
+
+    fn assemble<S: Store>(
+        store: Arc<S>,
+        metrics: Arc<Metrics>,
+        setup: Setup,
+        keeper: Option<Arc<dyn Keeper>>,
+    ) -> Result<Arc<Self>, StartError> {
         let memory = match setup.memory {
             Some(bytes) => SecretMemory::with_limit(bytes)?,
             None => SecretMemory::new()?,
@@ -165,7 +201,7 @@ impl Agent {
         let (moved, moves) = watch::channel(());
         tokio::spawn(tidy(moves));
         let served = DashMap::new();
-        Ok(Arc::new(Self { setup, memory, pool, metrics, cache, invalidator, served, moved }))
+        Ok(Arc::new(Self { setup, memory, pool, metrics, cache, invalidator, keeper, served, moved }))
     }
 
     /// Fetches every file of a spec, then mounts them on a directory, and serves: [`Agent::publish`], then [`Agent::serve`].
@@ -201,12 +237,8 @@ impl Agent {
         if self.served.contains_key(&id) {
             return Err(ServeError::Twice(id.0));
         }
-        let surroundings = Surroundings {
-            memory: Arc::clone(&self.memory),
-            metrics: Arc::clone(&self.metrics),
-            default_owner: (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw()),
-        };
-        let volume = Volume::new(id, spec, pod, surroundings);
+        let owner = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        let volume = Volume::new(id, spec, pod, self.surroundings(owner));
         volume.publish(&self.cache, credential, deadline).await?;
         Ok(volume)
     }
@@ -232,13 +264,16 @@ impl Agent {
             Ok::<_, MountError>((mount, fuse, negotiated))
         });
         let (mount, fuse, negotiated) = attached.await.map_err(|_| ServeError::Serve(ended()))??;
-        let started = negotiated.and_then(|negotiated| {
-            tracing::debug!(minor = negotiated.minor, flags = negotiated.flags, "FUSE negotiated");
-            Session::start(fuse, &fs, &self.pool, &self.invalidator, self.setup.threads)
-        });
+        let started = match negotiated {
+            Ok(negotiated) => {
+                tracing::debug!(minor = negotiated.minor, flags = negotiated.flags, "FUSE negotiated");
+                self.session(fuse, &fs, false).await
+            }
+            Err(error) => Err(error),
+        };
         match started {
             Ok(session) => {
-                let served = Arc::new(Served { fs, mount, session });
+                let served = Arc::new(Served { fs, seat: Seat::Own(mount), session });
                 self.keep(&served);
                 Ok(served)
             }
@@ -251,29 +286,59 @@ impl Agent {
         }
     }
 
+    /// Starts a session; its threads are waited for on a thread that may wait.
+    async fn session(self: &Arc<Self>, fuse: OwnedFd, fs: &Arc<Fs>, resend: bool) -> io::Result<Session> {
+        let (agent, fs) = (Arc::clone(self), Arc::clone(fs));
+        let start = move || agent.session_now(fuse, &fs, resend);
+        tokio::task::spawn_blocking(start).await.map_err(|_| ended())?
+    }
+
+    fn session_now(&self, fuse: OwnedFd, fs: &Arc<Fs>, resend: bool) -> io::Result<Session> {
+        let Self { pool, invalidator, setup: Setup { threads, .. }, .. } = self;
+        Session::start(fuse, fs, &Parts { pool, invalidator, threads: *threads }, resend)
+    }
+
+    fn surroundings(&self, default_owner: (u32, u32)) -> Surroundings {
+        Surroundings {
+            memory: Arc::clone(&self.memory),
+            metrics: Arc::clone(&self.metrics),
+            default_owner,
+        }
+    }
+
     /// Holds what is served until it has ended.
     fn keep(self: &Arc<Self>, served: &Arc<Served>) {
         let spec = served.volume().spec();
-        let (path, files, interval) = (served.mount.path(), spec.files.len(), spec.freshness.interval);
+        let (path, files, interval) = (served.path(), spec.files.len(), spec.freshness.interval);
         tracing::info!(path = %path.display(), class = spec.class, files, ?interval, "mounted");
         self.served.insert(served.volume().id().clone(), Arc::clone(served));
         self.moved.send_replace(());
         let (agent, watched) = (Arc::downgrade(self), Arc::clone(served));
         tokio::spawn(async move {
-            watched.ended().await;
-            let Some(agent) = agent.upgrade() else { return };
-            if agent.served.remove(watched.volume().id()).is_some() {
-                tracing::info!(path = %watched.mount.path().display(), "unmounted");
+            // A drained one is let go of by who drains it, when its last reply is out.
+            if watched.ended().await == End::Drained {
+                return;
             }
-            agent.moved.send_replace(());
+            let Some(agent) = agent.upgrade() else { return };
+            if agent.let_go(&watched) {
+                tracing::info!(path = %watched.path().display(), "unmounted");
+            }
         });
+    }
+
+    /// Whether it was held. Another one of the same name is not touched.
+    fn let_go(&self, served: &Arc<Served>) -> bool {
+        let is_it = |_: &VolumeId, held: &Arc<Served>| Arc::ptr_eq(held, served);
+        let held = self.served.remove_if(served.volume().id(), is_it).is_some();
+        self.moved.send_replace(());
+        held
     }
 
     /// What is served, sorted by mount point.
     #[must_use]
     pub fn served(&self) -> Vec<Arc<Served>> {
         let mut served: Vec<_> = self.served.iter().map(|entry| Arc::clone(entry.value())).collect();
-        served.sort_by(|a, b| a.mount.path().cmp(b.mount.path()));
+        served.sort_by(|a, b| a.path().cmp(b.path()));
         served
     }
 
@@ -289,22 +354,25 @@ impl Agent {
         &self.memory
     }
 
-    /// Unmounts everything, waits a moment for readers of them all, drops the volumes and drains the cache. Blocks its thread
-    /// for a few system calls per mount: at the end of a process that runs out of threads, this must still work.
-    pub async fn shutdown(&self) {
-        let all = self.served();
-        for served in &all {
+    /// Unmounts everything that is mounted here, waits a moment for readers of them all, drains what is lent, drops the volumes
+    /// and drains the cache. Blocks its thread for a few system calls per mount: at the end of a process that runs out of threads,
+    /// this must still work.
+    pub async fn shutdown(self: &Arc<Self>) {
+        let (lent, own): (Vec<_>, Vec<_>) =
+            self.served().into_iter().partition(|served| matches!(served.seat, Seat::Lent));
+        for served in &own {
             self.served.remove(served.volume().id());
-            let path = served.mount.path().display();
-            match served.mount.detach() {
+            let path = served.path().display();
+            match served.detach() {
                 Ok(()) => tracing::info!(%path, "unmounted"),
                 Err(error) => tracing::error!(%path, %error, "cannot unmount"),
             }
         }
+        self.drain_all(lent).await;
         let end = Instant::now() + DRAIN;
-        for served in all {
+        for served in own {
             if tokio::time::timeout_at(end.into(), served.ended()).await.is_err() {
-                let path = served.mount.path().display();
+                let path = served.path().display();
                 tracing::warn!(%path, "files are still open; their readers get ENOTCONN");
             }
         }

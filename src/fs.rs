@@ -110,17 +110,33 @@ pub struct Fs {
 }
 
 impl Fs {
-    /// A file system on a volume; it hears of the volume's changes from now on.
+    /// A file system on a volume that no kernel knows yet; it hears of the volume's changes from now on.
     #[must_use]
     pub fn new(volume: Arc<Volume>) -> Arc<Self> {
+        let fs = Self::restored(volume);
+        // Nothing has to be given up for what is there.
+        fs.acknowledge(fs.newest());
+        fs
+    }
+
+    /// A file system on a volume that a predecessor served: see [`Fs::invalidate_all`].
+    #[must_use]
+    pub fn restored(volume: Arc<Volume>) -> Arc<Self> {
         let tree = Tree::new(volume.spec().files.iter().map(|file| &file.path));
-        let shown = volume.spec().files.iter().map(|_| Shown::default()).collect();
+        let (opens, now) = (volume.generations().opens(), Moment::now());
+        let shown = (0..volume.spec().files.len()).map(|file| Shown::new(opens.shown(file), now)).collect();
         let fs = Arc::new(Self { volume, tree, shown, announcements: Announcements::default() });
         let listener: std::sync::Weak<dyn Listener> = Arc::downgrade(&(Arc::clone(&fs) as Arc<dyn Listener>));
         fs.volume.listen(listener);
-        // No kernel knows of it yet: nothing has to be given up for what is there.
-        fs.acknowledge(fs.newest());
         fs
+    }
+
+    /// A kernel knows it from a predecessor: all that it believes is void, and live files are opened when it has given that up.
+    /// Called when there is somebody to tell it.
+    pub fn invalidate_all(&self) {
+        let nodes = 0..u32::try_from(self.tree.len()).unwrap_or(u32::MAX);
+        let inodes = nodes.map(|node| Inode::new(LIVE, node)).chain([Inode::DATA]).collect();
+        self.announce(&Notice::Changed { generation: self.newest(), inodes });
     }
 
     /// Adds somebody who passes notices on.

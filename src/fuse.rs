@@ -8,6 +8,10 @@
 //! A handler never waits for the store: an open that needs a refresh takes its reply along and answers when the refresh
 //! ends. A handler that panics answers EIO (the reply does, when it is dropped) and the session lives on.
 
+/// For how long a thread has been at one thing.
+mod busy;
+/// The end of a session that loses no reply.
+mod drain;
 /// The INIT exchange: what is negotiated once per mount.
 pub mod handshake;
 /// Attaching a FUSE file system to a directory, and detaching it.
@@ -17,7 +21,7 @@ pub mod notify;
 /// A running file system on a descriptor.
 pub mod session;
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -30,6 +34,9 @@ use fuser::{
     ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow,
     WriteFlags,
 };
+
+use busy::Busy;
+use session::Start;
 
 use crate::fs::{Access, Attr, Destination, Error, Fs, Handle, Inode, Kind, NAME_MAX, Opening, Ttl, attr};
 use crate::secret::bounce::Pool;
@@ -51,10 +58,13 @@ struct Adapter {
     fs: Arc<Fs>,
     pool: Arc<Pool>,
     invalidate: notify::Invalidations,
+    start: Arc<Start>,
 }
 
 thread_local! {
     static IN_HANDLER: Cell<bool> = const { Cell::new(false) };
+    /// Of a session's thread: since when it is in a handler.
+    static BUSY: RefCell<Arc<Busy>> = RefCell::default();
 }
 
 /// Whether this thread runs a handler, whose panic is contained.
@@ -66,7 +76,8 @@ pub fn in_handler() -> bool {
 /// Runs a handler. A panic ends in EIO for this one caller: the reply it held answers so when it is dropped.
 fn guard(fs: &Fs, call: &'static str, handler: impl FnOnce()) {
     let outer = IN_HANDLER.replace(true);
-    let outcome = catch_unwind(AssertUnwindSafe(handler));
+    let busy = BUSY.with_borrow(Arc::clone);
+    let outcome = busy.while_in(|| catch_unwind(AssertUnwindSafe(handler)));
     IN_HANDLER.set(outer);
     if outcome.is_err() {
         fs.volume().metrics().fs_panics.increment();
@@ -105,7 +116,11 @@ impl Filesystem for Adapter {
         });
     }
 
-    fn forget(&self, _: &Request, _: INodeNo, _: u64) {}
+    fn forget(&self, _: &Request, inode: INodeNo, _: u64) {
+        if inode.0 == handshake::NOBODY {
+            BUSY.set(self.start.arrive());
+        }
+    }
 
     fn getattr(&self, _: &Request, inode: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
         self.guard("getattr", || match self.fs.attr(Inode(inode.0), Moment::now()) {
@@ -187,8 +202,9 @@ impl Filesystem for Adapter {
         reply: ReplyEmpty,
     ) {
         self.guard("release", || {
-            self.fs.release(Handle(handle.0));
+            // Answered first: should this process end in between, the kernel asks nobody a second time (see `volume::opens`).
             reply.ok();
+            self.fs.release(Handle(handle.0));
         });
     }
 
@@ -221,8 +237,9 @@ impl Filesystem for Adapter {
 
     fn releasedir(&self, _: &Request, _: INodeNo, handle: FileHandle, _: OpenFlags, reply: ReplyEmpty) {
         self.guard("releasedir", || {
-            self.fs.release(Handle(handle.0));
+            // Answered first: should this process end in between, the kernel asks nobody a second time (see `volume::opens`).
             reply.ok();
+            self.fs.release(Handle(handle.0));
         });
     }
 

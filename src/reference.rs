@@ -7,8 +7,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
 /// A store's base address: `https://host:port` (or `http://`), no path, query or user.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Address(url::Url);
 
 /// Why an address is refused.
@@ -68,8 +71,32 @@ impl std::fmt::Display for Address {
     }
 }
 
+impl TryFrom<String> for Address {
+    type Error = AddressError;
+
+    fn try_from(text: String) -> Result<Self, AddressError> {
+        Self::parse(&text)
+    }
+}
+
+impl From<Address> for String {
+    fn from(address: Address) -> Self {
+        address.to_string()
+    }
+}
+
+fn text_of<S: Serializer>(url: &Option<url::Url>, serializer: S) -> Result<S::Ok, S::Error> {
+    url.as_ref().map(url::Url::as_str).serialize(serializer)
+}
+
+fn url_of<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<url::Url>, D::Error> {
+    let text = Option::<String>::deserialize(deserializer)?;
+    text.map(|text| url::Url::parse(&text)).transpose().map_err(serde::de::Error::custom)
+}
+
 /// Certificates as PEM: a file, every file of a directory, or the text itself.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Pem {
     /// One file, read when a connection pool is made.
     File(PathBuf),
@@ -80,7 +107,7 @@ pub enum Pem {
 }
 
 /// A client certificate for mutual TLS: both as PEM files.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ClientCertificate {
     /// The certificate chain, leaf first.
     pub certificate: PathBuf,
@@ -89,7 +116,7 @@ pub struct ClientCertificate {
 }
 
 /// Where a store is and how it is trusted. Equal connections share one pool.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Connection {
     /// Members of one cluster in order of preference; never empty.
     pub addresses: Vec<Address>,
@@ -102,8 +129,10 @@ pub struct Connection {
     /// Certificate shown to the store.
     pub client_certificate: Option<ClientCertificate>,
     /// Accept any certificate. For throw-away stores only.
+    #[serde(default)]
     pub skip_verify: bool,
     /// Proxy for all requests; the environment's proxy variables are never read.
+    #[serde(default, serialize_with = "text_of", deserialize_with = "url_of")]
     pub proxy: Option<url::Url>,
 }
 
@@ -124,7 +153,8 @@ impl Connection {
 }
 
 /// How a volume proves itself to the store.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum AuthMethod {
     /// `auth/<mount>/login` with a service account's token and a role.
     Kubernetes,
@@ -137,7 +167,7 @@ pub enum AuthMethod {
 }
 
 /// The login at a store, without its secret half (see [`crate::store::Credential`]).
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Auth {
     /// The method.
     pub method: AuthMethod,
@@ -150,7 +180,8 @@ pub struct Auth {
 }
 
 /// On whose behalf a login is made. Different subjects never share anything.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Subject {
     /// A pod's service account.
     ServiceAccount {
@@ -166,7 +197,7 @@ pub enum Subject {
 }
 
 /// Who asks whom. One identity has one login, whoever shares it.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Identity {
     /// The store.
     pub connection: Connection,
@@ -177,7 +208,8 @@ pub struct Identity {
 }
 
 /// HTTP method of a read.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Method {
     /// A plain read; the only method whose answers are shared.
     #[default]
@@ -189,9 +221,10 @@ pub enum Method {
 }
 
 /// One request to the store.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Request {
     /// The method.
+    #[serde(default)]
     pub method: Method,
     /// Path below `/v1/`, without leading slash: `secret/data/app`.
     pub path: String,
@@ -209,7 +242,7 @@ impl std::fmt::Display for Request {
 }
 
 /// Name of a volume on this node: kubelet's volume handle, or the mount point of a local mount.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct VolumeId(pub String);
 
 /// What one value is cached under (DESIGN section 8): equal keys are one read and one value.
@@ -224,7 +257,8 @@ pub struct Key {
 }
 
 /// How the text of a value becomes the bytes of a file.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Encoding {
     /// As it is.
     #[default]
@@ -237,7 +271,8 @@ pub enum Encoding {
 
 /// A file's path inside a volume: relative, 1 to 4,096 bytes, each part 1 to 255 bytes, no part `.` or `..`, no part that
 /// begins with `..`, no NUL. (The rules of the kubelet's atomic writer.)
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct FilePath(String);
 
 /// Why a file's path is refused.
@@ -294,6 +329,20 @@ impl FilePath {
     }
 }
 
+impl TryFrom<String> for FilePath {
+    type Error = FilePathError;
+
+    fn try_from(path: String) -> Result<Self, FilePathError> {
+        Self::parse(&path)
+    }
+}
+
+impl From<FilePath> for String {
+    fn from(path: FilePath) -> Self {
+        path.0
+    }
+}
+
 impl std::fmt::Display for FilePath {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&self.0)
@@ -301,7 +350,8 @@ impl std::fmt::Display for FilePath {
 }
 
 /// Owner, group and permission bits; what is `None` falls to the next wider setting (file, class, driver).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Ownership {
     /// Owner; the driver's default is root (0), as an ordinary user that user.
     pub uid: Option<u32>,
@@ -320,7 +370,7 @@ impl Ownership {
 }
 
 /// One file of a volume.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct FileSpec {
     /// Where it appears.
     pub path: FilePath,
@@ -329,13 +379,16 @@ pub struct FileSpec {
     /// Which key of the answer; `None`: the whole answer as JSON.
     pub key: Option<String>,
     /// How its text becomes bytes.
+    #[serde(default)]
     pub encoding: Encoding,
     /// Who owns it.
+    #[serde(default)]
     pub ownership: Ownership,
 }
 
 /// How fresh a volume's values are. `max_age` ≥ `interval`, so that in a healthy system no `open` ever waits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Freshness {
     /// A value is read again this long after it was read (jittered downwards, so never later). 1 s to 1 day, default 60 s.
     pub interval: Duration,
@@ -355,7 +408,7 @@ impl Default for Freshness {
 }
 
 /// All that is needed to serve one volume.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VolumeSpec {
     /// The class it came from, as `namespace/name` or `name`, for people.
     pub class: String,
@@ -366,5 +419,6 @@ pub struct VolumeSpec {
     /// How fresh.
     pub freshness: Freshness,
     /// Owner, group and mode where a file says nothing.
+    #[serde(default)]
     pub ownership: Ownership,
 }

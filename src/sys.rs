@@ -9,6 +9,10 @@ pub mod alloc;
 pub mod fd;
 /// Mapped memory as owned values: unreadable for others, locked, wiped when dropped.
 pub mod mapping;
+/// A signal that only interrupts.
+pub mod wake;
+/// Words that several processes share.
+pub mod words;
 
 /// Size of a page in bytes: 4 KiB on most machines, up to 64 KiB on arm64. Never allocates.
 #[must_use]

@@ -7,33 +7,47 @@
 //!                       refused (nothing stays)                      ▼ the old generation stays, and says why
 //! ```
 //! The cache moves a volume to the right: it calls `Volume::changed`, and the volume builds a generation from the answers
-//! it holds. A volume that is dropped gives up its keys and wipes its generations.
+//! it holds. A volume that is dropped gives up its keys and wipes its generations: an own one. A *lent* one, whose mount is
+//! somebody else's, is deposited with that one, part by part, and left as it is for a successor (`lent`, `restore`).
 
 /// From answers to the next generation.
 pub mod build;
 /// The generations that are kept.
 pub mod generation;
+/// Volumes whose mount, and whose state, somebody else keeps.
+pub mod lent;
+/// What is open and shown, in memory that survives.
+pub mod opens;
+/// What a volume asked for, in memory that survives.
+pub mod record;
+/// A volume that a predecessor left.
+pub mod restore;
 /// A generation as bytes: the format that is served and handed over.
 pub mod snapshot;
 
 pub use build::{BuildError, NewFile};
 pub use generation::{Generation, Generations};
+pub use lent::{Keeper, Lending};
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
-use crate::cache::{Cache, CacheError, Registration, Slot, State, Subscriber, Value};
+use crate::cache::{Cache, CacheError, Registration, Slot, State, Subscriber};
 use crate::metrics::Metrics;
 use crate::reference::{FileSpec, Freshness, Key, Method, VolumeId, VolumeSpec};
-use crate::secret::pages::{MemoryError, SecretMemory};
+use crate::secret::pages::{MemoryError, SecretMemory, Sharing};
 use crate::store::{Credential, StoreError};
 use crate::time::Moment;
+use build::{Basis, Next, Source};
+use lent::Lent;
+use opens::Opens;
 use snapshot::WriteError;
 
 /// Who uses a volume, where that is known. Local mounts have none of it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
 pub struct Pod {
     /// The pod's name.
     pub name: String,
@@ -117,11 +131,14 @@ pub struct Volume {
     pod: Option<Pod>,
     surroundings: Surroundings,
     generations: Generations,
-    /// The answers from which was built last, per file. Held while a generation is built: one at a time.
-    built_from: Mutex<Vec<Option<Weak<Value>>>>,
+    /// From what was built last, per file. Held while a generation is built: one at a time.
+    built_from: Mutex<Vec<Basis>>,
     registration: OnceLock<Registration>,
     /// One slot per file, in content order; empty until published.
     slots: OnceLock<Vec<Arc<Slot>>>,
+    /// Of a restored volume, per file that has a value: when the store answered for it last, as far as the predecessor knew.
+    inherited: OnceLock<Vec<Option<SystemTime>>>,
+    lent: Option<Lent>,
     listener: OnceLock<Weak<dyn Listener>>,
     last_build_error: Mutex<Option<String>>,
     since: Moment,
@@ -133,16 +150,30 @@ impl Volume {
     /// A volume without content.
     #[must_use]
     pub fn new(id: VolumeId, spec: VolumeSpec, pod: Option<Pod>, surroundings: Surroundings) -> Arc<Self> {
+        let opens = Opens::own(spec.files.len());
+        Self::assemble(id, spec, pod, surroundings, opens, None)
+    }
+
+    fn assemble(
+        id: VolumeId,
+        spec: VolumeSpec,
+        pod: Option<Pod>,
+        surroundings: Surroundings,
+        opens: Opens,
+        lent: Option<Lent>,
+    ) -> Arc<Self> {
         surroundings.metrics.volumes.add(1);
         Arc::new(Self {
             id,
             spec,
             pod,
             surroundings,
-            generations: Generations::default(),
+            generations: Generations::new(Arc::new(opens)),
             built_from: Mutex::new(Vec::new()),
             registration: OnceLock::new(),
             slots: OnceLock::new(),
+            inherited: OnceLock::new(),
+            lent,
             listener: OnceLock::new(),
             last_build_error: Mutex::new(None),
             since: Moment::now(),
@@ -161,41 +192,96 @@ impl Volume {
         credential: Arc<Credential>,
         deadline: Instant,
     ) -> Result<(), PublishError> {
-        let keys: Vec<Key> = self.spec.files.iter().map(|file| self.key(file)).collect();
-        let distinct: HashSet<Key> = keys.iter().cloned().collect();
-        let subscriber = Arc::new(Rebuild(Arc::downgrade(self)));
-        let registration = cache
-            .register(distinct.into_iter().collect(), credential, self.spec.freshness, subscriber)
-            .await?;
+        let registration = self.register(cache, credential).await?;
         registration.ready(deadline).await.map_err(|errors| {
             PublishError::Store(errors.into_iter().map(|(key, error)| (self.files_of(&key), error)).collect())
         })?;
-        let slots = keys.iter().filter_map(|key| registration.slot(key)).collect();
-        let _ = self.slots.set(slots);
-        let _ = self.registration.set(registration);
-        self.build(Moment::now())?;
+        self.hold(registration);
+        self.rebuild(Moment::now()).await?;
         Ok(())
     }
 
-    /// Builds and installs a generation if any file's bytes differ from the current one. Called whenever an answer changed.
+    async fn register(
+        self: &Arc<Self>,
+        cache: &Cache,
+        credential: Arc<Credential>,
+    ) -> Result<Registration, CacheError> {
+        let distinct: HashSet<Key> = self.spec.files.iter().map(|file| self.key(file)).collect();
+        let subscriber = Arc::new(Rebuild(Arc::downgrade(self)));
+        cache.register(distinct.into_iter().collect(), credential, self.spec.freshness, subscriber).await
+    }
+
+    fn hold(&self, registration: Registration) {
+        let slots =
+            self.spec.files.iter().filter_map(|file| registration.slot(&self.key(file))).collect();
+        let _ = self.slots.set(slots);
+        let _ = self.registration.set(registration);
+    }
+
+    /// Builds and installs a generation if any file's bytes differ from the current one; a lent volume's is deposited first.
+    /// Called whenever an answer changed.
     ///
     /// # Errors
     /// [`BuildError`]: the current generation stays; [`Volume::report`] tells.
-    pub fn build(&self, now: Moment) -> Result<(), BuildError> {
-        let mut built_from = self.built_from.lock().unwrap_or_else(PoisonError::into_inner);
-        let values: Vec<Option<Arc<Value>>> =
-            self.slots().iter().map(|slot| slot.value().filter(|_| !self.is_over(slot, now))).collect();
-        let answers: Vec<_> = values.iter().map(|value| value.as_ref().map(Arc::downgrade)).collect();
-        let same = |(a, b): (&Option<Weak<Value>>, &Option<Weak<Value>>)| match (a, b) {
-            (Some(a), Some(b)) => a.ptr_eq(b),
-            (a, b) => a.is_none() && b.is_none(),
-        };
-        if answers.len() == built_from.len() && answers.iter().zip(built_from.iter()).all(same) {
-            return Ok(());
+    pub async fn rebuild(&self, now: Moment) -> Result<(), BuildError> {
+        match &self.lent {
+            Some(lent) => self.rebuild_lent(lent, now).await,
+            None => self.build(now),
         }
-        let result = build::cut(&self.spec.files, &values).and_then(|files| self.install(&files, now));
+    }
+
+    fn build(&self, now: Moment) -> Result<(), BuildError> {
+        let mut built_from = self.built_from();
+        let Some(sources) = self.sources(&built_from, now) else { return Ok(()) };
+        let result = self.next(&sources, now).map(|next| self.install_next(next, now));
+        self.conclude(&mut built_from, &sources, result)
+    }
+
+    /// Where the files' bytes are to come from; `None`: from where they came last time, or from nowhere yet.
+    fn sources(&self, built_from: &[Basis], now: Moment) -> Option<Vec<Source>> {
+        if self.slots().is_empty() && self.inherited.get().is_none() {
+            return None;
+        }
+        let restored = self.generations.current().is_some();
+        let source = |file| match self.slot(file) {
+            Some(slot) if slot.state() != State::Empty => {
+                Some(slot.value().filter(|_| !self.is_over(slot, now)).map_or(Source::Over, Source::Answer))
+            }
+            // Nothing to go on with, nothing to serve meanwhile.
+            _ if !restored => None,
+            _ if matches!(self.inherited_standing(file, now), Standing::Gone) => Some(Source::Over),
+            _ => Some(Source::Carried),
+        };
+        let sources: Vec<Source> = (0..self.spec.files.len()).map(source).collect::<Option<_>>()?;
+        let same = sources.len() == built_from.len() && sources.iter().zip(built_from).all(|(s, b)| s.is(b));
+        (!same).then_some(sources)
+    }
+
+    /// Writes the next generation; `None`: it would be the current one.
+    fn next(&self, sources: &[Source], now: Moment) -> Result<Option<Next>, BuildError> {
+        let current = self.generations.current();
+        let files = build::cut(&self.spec.files, sources, current.as_deref())?;
+        self.write(&files, now)
+    }
+
+    fn write(&self, files: &[NewFile], now: Moment) -> Result<Option<Next>, BuildError> {
+        let sharing = if self.lent.is_some() { Sharing::Lent } else { Sharing::Own };
+        let memory = (&self.surroundings.memory, sharing);
+        let current = self.generations.current();
+        let number = self.generations.next_number();
+        Next::build(&self.spec.files, files, current.as_deref(), number, memory, now)
+    }
+
+    /// Notes how a build went.
+    fn conclude(
+        &self,
+        built_from: &mut Vec<Basis>,
+        sources: &[Source],
+        result: Result<(), BuildError>,
+    ) -> Result<(), BuildError> {
         // What failed for want of room is tried again; what cannot be cut out of these answers never will be.
-        *built_from = if matches!(result, Err(BuildError::Write(_))) { Vec::new() } else { answers };
+        let basis = || sources.iter().map(Source::basis).collect();
+        *built_from = if matches!(result, Err(BuildError::Write(_))) { Vec::new() } else { basis() };
         let text = result.as_ref().err().map(ToString::to_string);
         if let Some(text) = &text {
             self.surroundings.metrics.generations_failed.increment();
@@ -211,22 +297,27 @@ impl Volume {
         result
     }
 
-    /// Installs files as a generation, unless they are the current one's to the byte. The order is the spec's.
+    /// Installs files as a generation of an own volume, unless they are the current one's to the byte. The order is the spec's.
     ///
     /// # Errors
     /// [`BuildError::Write`]
     pub fn install(&self, files: &[NewFile], now: Moment) -> Result<(), BuildError> {
-        let current = self.generations.current();
+        let next = self.write(files, now)?;
+        self.install_next(next, now);
+        Ok(())
+    }
+
+    fn install_next(&self, next: Option<Next>, now: Moment) {
+        let Some(next) = next else { return };
         let Surroundings { memory, metrics, .. } = &self.surroundings;
-        let Some(next) = build::Next::build(&self.spec.files, files, current.as_deref(), memory, now)? else {
-            return Ok(());
-        };
+        let is_first = self.generations.current().is_none();
         let (number, changed) = (next.snapshot.generation(), next.changed);
         let gone = self.generations.install(next.snapshot, next.since, now, next.forget_older);
+        self.note_refreshes();
         metrics.generations_built.increment();
         metrics.generations_evicted.add(gone.iter().filter(|(_, open)| *open).count() as u64);
         metrics.memory_used.set(memory.used() as u64);
-        if current.is_some() {
+        if !is_first {
             let names: Vec<&str> = changed.iter().map(|&i| self.spec.files[i].path.as_str()).collect();
             tracing::info!(volume = %self.id.0, generation = number, files = names.join(", "), "changed");
         }
@@ -234,18 +325,28 @@ impl Volume {
             let gone = gone.into_iter().map(|(number, _)| number).collect();
             listener.changed(&Change { generation: number, files: changed, gone });
         }
-        Ok(())
     }
 
     /// How the value of a file stands now.
     #[must_use]
-    pub fn standing(&self, file: usize, now: Moment) -> Standing {
-        let Some(slot) = self.slots().get(file) else { return Standing::Fresh };
+    pub fn standing(self: &Arc<Self>, file: usize, now: Moment) -> Standing {
+        let slot = match self.slot(file) {
+            Some(slot) if slot.state() != State::Empty || self.inherited.get().is_none() => slot,
+            None if self.inherited.get().is_none() => return Standing::Fresh,
+            // The store has not answered since the predecessor: what that one left is served, and nobody waits.
+            _ => {
+                let standing = self.inherited_standing(file, now);
+                if standing == Standing::Gone {
+                    self.rebuild_soon(now, Box::new(|| ()));
+                }
+                return standing;
+            }
+        };
         match slot.state() {
             State::Gone | State::Empty => Standing::Gone,
             State::Stale if self.is_over(slot, now) => {
                 // The cache holds it on for volumes with a longer grace. A failure to build leaves it unserved as well.
-                let _ = self.build(now);
+                self.rebuild_soon(now, Box::new(|| ()));
                 Standing::Gone
             }
             _ if slot.is_young(self.spec.freshness.max_age, now) => Standing::Fresh,
@@ -261,14 +362,28 @@ impl Volume {
         match (self.registration.get(), self.spec.files.get(file)) {
             (Some(registration), Some(spec)) => {
                 let volume = Arc::clone(self);
-                let built = move || {
-                    // A failure is told by `build`, and leaves the last known value to be served.
-                    let _ = volume.build(Moment::now());
-                    done();
-                };
+                let built = move || volume.rebuild_soon(Moment::now(), done);
                 registration.refresh(&[self.key(spec)], self.spec.freshness.open_deadline, Box::new(built));
             }
             _ => done(),
+        }
+    }
+
+    /// Builds, at once or as soon as it can be deposited, then calls `done`. A failure is told by the build, and leaves the last
+    /// known value to be served.
+    fn rebuild_soon(self: &Arc<Self>, now: Moment, done: Box<dyn FnOnce() + Send>) {
+        match &self.lent {
+            None => {
+                let _ = self.build(now);
+                done();
+            }
+            Some(lent) => {
+                let volume = Arc::clone(self);
+                lent.runtime.spawn(async move {
+                    let _ = volume.rebuild(now).await;
+                    done();
+                });
+            }
         }
     }
 
@@ -342,7 +457,7 @@ impl Volume {
             since: self.since.wall,
             opens: self.opens.load(Ordering::Relaxed),
             reads: self.reads.load(Ordering::Relaxed),
-            refreshed: reports.iter().filter_map(|report| report.refreshed).min(),
+            refreshed: (0..self.spec.files.len()).filter_map(|file| self.refreshed(file)).min(),
             stale_since: reports.iter().filter_map(|report| report.failing_since).min(),
             gone: slots.iter().filter(|slot| slot.state() == State::Gone).count(),
             last_error: build_error.or_else(|| reports.into_iter().find_map(|report| report.last_error)),
@@ -351,6 +466,29 @@ impl Volume {
 
     fn slots(&self) -> &[Arc<Slot>] {
         self.slots.get().map(Vec::as_slice).unwrap_or_default()
+    }
+
+    fn slot(&self, file: usize) -> Option<&Arc<Slot>> {
+        self.slots().get(file)
+    }
+
+    fn built_from(&self) -> std::sync::MutexGuard<'_, Vec<Basis>> {
+        self.built_from.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// When the store last answered for a file: to this process, else to the one before.
+    fn refreshed(&self, file: usize) -> Option<SystemTime> {
+        let own = self.slot(file).and_then(|slot| slot.refreshed());
+        own.or_else(|| self.inherited.get()?.get(file).copied().flatten())
+    }
+
+    /// Writes down, for a successor, when the store last answered for each file.
+    fn note_refreshes(&self) {
+        for file in 0..self.spec.files.len() {
+            if let Some(at) = self.refreshed(file) {
+                self.generations.opens().note_refreshed(file, at);
+            }
+        }
     }
 
     /// Whether this volume's own grace for a value has ended.
@@ -410,14 +548,16 @@ struct Rebuild(Weak<Volume>);
 
 impl Subscriber for Rebuild {
     fn changed(&self, _keys: &[Key]) {
-        // The first generation is `publish`'s, which also reports its faults.
-        if self.0.upgrade().is_none_or(|volume| volume.generations.current().is_none()) {
+        // The first generation is `publish`'s, which also reports its faults; but a restored volume has no publisher.
+        if self.0.upgrade().is_none_or(|volume| {
+            volume.generations.current().is_none() && volume.inherited.get().is_none()
+        }) {
             return;
         }
         let volume = Weak::clone(&self.0);
         tokio::spawn(async move {
             while let Some(Err(BuildError::Write(_))) =
-                volume.upgrade().map(|volume| volume.build(Moment::now()))
+                rebuild(&volume).await
             {
                 tokio::time::sleep(RETRY).await;
             }
@@ -428,6 +568,11 @@ impl Subscriber for Rebuild {
         // The end of a grace takes a file away, an answer after it brings it back; `build` sees whether it is one of these.
         self.changed(keys);
     }
+}
+
+/// `None`: the volume is gone.
+async fn rebuild(volume: &Weak<Volume>) -> Option<Result<(), BuildError>> {
+    Some(volume.upgrade()?.rebuild(Moment::now()).await)
 }
 
 #[cfg(test)]

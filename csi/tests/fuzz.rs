@@ -1,6 +1,13 @@
 //! Random and mutated frames for as long as `FUZZ_SECONDS` says (default 1): into the reader, and into a connection.
 //! `FUZZ_SEED` repeats a run.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::print_stdout,
+    reason = "what fails in here is a test that fails"
+)]
+
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::io::{IoSlice, Write};

@@ -1,5 +1,7 @@
 //! The health port as kubelet and Prometheus call it.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "what fails in here is a test that fails")]
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

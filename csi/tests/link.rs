@@ -1,6 +1,13 @@
 //! Two ends of a connection, and one end with a peer that does not keep to the protocol. Each test compares the process's
 //! descriptors before and after, so they run one at a time.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::cast_possible_truncation,
+    reason = "what fails in here is a test that fails"
+)]
+
 use std::future::Future;
 use std::io::{IoSlice, Read, Write};
 use std::mem::MaybeUninit;

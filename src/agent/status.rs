@@ -83,7 +83,7 @@ pub fn mounts(agent: &Agent) -> Vec<MountStatus> {
 /// One mount of an agent, by its path.
 #[must_use]
 pub fn detail(agent: &Agent, path: &str) -> Option<MountDetail> {
-    let served = agent.served().into_iter().find(|served| served.volume().id().0 == path)?;
+    let served = agent.served().into_iter().find(|served| served.path() == std::path::Path::new(path))?;
     Some(MountDetail { mount: mount(&served), files: files(&served) })
 }
 
@@ -96,7 +96,7 @@ fn mount(served: &Served) -> MountStatus {
         (0, None) => "fresh",
     };
     MountStatus {
-        path: volume.id().0.clone(),
+        path: served.path().display().to_string(),
         agent: std::process::id(),
         class: spec.class.clone(),
         pod: volume.pod().map(|pod| pod.name.clone()),

@@ -76,6 +76,12 @@ impl Cache {
         answer.await.map_err(|_| CacheError::Stopped)?
     }
 
+    /// Whether the task answers. Waits for it as long as it takes.
+    pub async fn answers(&self) -> bool {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(Command::Ping { reply }).await.is_ok() && answer.await.is_ok()
+    }
+
     /// Drops and wipes everything, gives tokens back, and ends the task. Returns when it is done, at `deadline` at the latest.
     pub async fn stop(&self, deadline: Instant) {
         let (stopped, done) = oneshot::channel();
@@ -197,6 +203,9 @@ enum Command {
         entries: Vec<EntryId>,
         patience: Duration,
         done: Done,
+    },
+    Ping {
+        reply: oneshot::Sender<()>,
     },
     Stop {
         stopped: oneshot::Sender<()>,

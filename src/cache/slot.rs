@@ -129,6 +129,12 @@ impl Slot {
         read(&self.value).clone()
     }
 
+    /// When the store last answered (with the same value or another).
+    #[must_use]
+    pub fn refreshed(&self) -> Option<SystemTime> {
+        read(&self.report).refreshed
+    }
+
     /// What people ask.
     #[must_use]
     pub fn report(&self) -> Report {

@@ -149,7 +149,7 @@ pub(super) async fn until_the_end(served: &Served, signals: &mut Signals, panick
     tokio::select! {
         () = signals.came() => End::Signal,
         end = served.ended() => match end {
-            session::End::Unmounted => End::Unmounted,
+            session::End::Unmounted | session::End::Drained => End::Unmounted,
             session::End::Failed => End::Failed,
         },
         () = panicked.happened() => End::Panic,

@@ -24,7 +24,7 @@ pub const QUIET: Duration = Duration::from_millis(100);
 /// However often a file is opened, a new generation takes over after this time.
 pub const LATEST: Duration = Duration::from_secs(1);
 
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 struct State {
     /// The generation that is shown; 0 before the first look.
     generation: u32,
@@ -47,10 +47,17 @@ pub struct Look {
 }
 
 /// Which generation one live file shows.
-#[derive(Default)]
 pub struct Shown(Mutex<State>);
 
 impl Shown {
+    /// Shows what a predecessor showed; 0: nothing was shown yet. Of that one's opens nothing is known: the last may have been
+    /// just now.
+    #[must_use]
+    pub fn new(generation: u32, now: Moment) -> Self {
+        let last_open = (generation != 0).then_some(now);
+        Self(Mutex::new(State { generation, last_open, lagging: None }))
+    }
+
     /// Applies the rule: the generation to show, and whether its bytes are others than before.
     #[must_use]
     pub fn decide(
@@ -81,6 +88,7 @@ impl Shown {
         }
         let switched = state.generation != 0 && !same_bytes;
         state.generation = current.number();
+        kept.opens().show(index, current.number());
         state.lagging = None;
         (Arc::clone(current), switched)
     }

@@ -15,6 +15,7 @@ const MINOR: u32 = 40;
 /// Oldest minor version with all that is relied on (FUSE_MAX_PAGES: 7.28, Linux 4.20).
 const OLDEST_MINOR: u32 = 28;
 const OPCODE_INIT: u32 = 26;
+const OPCODE_FORGET: u32 = 2;
 const IN_HEADER: usize = 40;
 const OUT_HEADER: usize = 16;
 const INIT_OUT: usize = 64;
@@ -88,6 +89,21 @@ pub fn synthetic_request() -> Vec<u8> {
         request.extend(word.to_le_bytes());
     }
     request.resize(IN_HEADER + 64, 0);
+    request
+}
+
+/// The inode that the made-up FORGET names: none of a kernel's has this number.
+pub const NOBODY: u64 = 0;
+
+/// A FORGET that a session's thread is fed before the first real request: it has no answer, so nobody misses one.
+#[must_use]
+pub fn synthetic_forget() -> Vec<u8> {
+    let mut request = Vec::with_capacity(IN_HEADER + 8);
+    for word in [low((IN_HEADER + 8) as u64), OPCODE_FORGET, 2, 0] {
+        request.extend(word.to_le_bytes());
+    }
+    request.extend(NOBODY.to_le_bytes());
+    request.resize(IN_HEADER + 8, 0);
     request
 }
 

@@ -6,24 +6,35 @@
 
 use std::collections::{HashSet, VecDeque};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
+use super::busy::Busy;
 use crate::fs::{Fs, Inode, Notice, Notify};
 
-/// `FUSE_NOTIFY_INVAL_INODE` and `FUSE_NOTIFY_INVAL_ENTRY` of include/uapi/linux/fuse.h.
+/// `FUSE_NOTIFY_INVAL_INODE`, `FUSE_NOTIFY_INVAL_ENTRY` and `FUSE_NOTIFY_RESEND` of include/uapi/linux/fuse.h.
 const INVAL_INODE: i32 = 2;
 const INVAL_ENTRY: i32 = 3;
+const RESEND: i32 = 7;
 
-/// A descriptor to write notifications to.
+/// A session's descriptor, to write notifications to.
 pub struct Wire(OwnedFd);
 
 impl Wire {
-    /// Takes a duplicate of a session's descriptor.
+    /// Takes a descriptor of its own.
     #[must_use]
     pub fn new(fuse: OwnedFd) -> Self {
         Self(fuse)
+    }
+
+    /// Has the kernel send again what a predecessor had read and not answered.
+    ///
+    /// # Errors
+    /// `EINVAL`: the kernel is older than 6.9.
+    pub fn resend(&self) -> io::Result<()> {
+        self.send(RESEND, &[])
     }
 
     fn send(&self, code: i32, body: &[&[u8]]) -> io::Result<()> {
@@ -39,6 +50,12 @@ impl Wire {
             Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTCONN | rustix::io::Errno::NODEV) => Ok(()),
             Err(error) => Err(error.into()),
         }
+    }
+}
+
+impl AsFd for Wire {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 
@@ -70,6 +87,8 @@ struct Queue {
     sessions: Mutex<VecDeque<Arc<Pending>>>,
     wake: Condvar,
     closed: AtomicBool,
+    /// Since when the thread tells one thing.
+    busy: Busy,
 }
 
 /// The thread that sends. Ends when it is dropped.
@@ -87,6 +106,12 @@ impl Invalidator {
         let work = Arc::clone(&queue);
         std::thread::Builder::new().name("invalidate".to_owned()).spawn(move || work.run())?;
         Ok(Self { queue })
+    }
+
+    /// For how long the thread has been telling the kernel one thing.
+    #[must_use]
+    pub fn busy_for(&self) -> Duration {
+        self.queue.busy.lasts()
     }
 
     /// The way for one session's notices.
@@ -175,7 +200,8 @@ impl Queue {
             let (Some(wire), Some(fs)) = (session.wire.upgrade(), session.fs.upgrade()) else { continue };
             for item in &items {
                 fs.volume().metrics().fs_invalidations.increment();
-                if let Err(error) = tell(&wire, item) {
+                let told = self.busy.while_in(|| tell(&wire, item));
+                if let Err(error) = told {
                     tracing::warn!(%error, volume = %fs.volume().id().0, "an invalidation was not taken");
                 }
             }

@@ -5,9 +5,11 @@
 //! is asked, as some kernels say no only when a page is touched. Reply buffers (`super::bounce`) take from the same budget.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+
+use rustix::fs::{SealFlags, fcntl_get_seals, fstat, fstatfs};
 
 use super::locked::Locked;
 use crate::sys::mapping::{Mapping, OnDrop, memory_file, secret_file};
@@ -49,6 +51,15 @@ pub enum Backing {
     Locked,
 }
 
+/// Whose pages are, in the end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sharing {
+    /// This process's alone: wiped when they are dropped.
+    Own,
+    /// Also of whoever is handed their file: left as they are, unless [`Pages::wipe_on_drop`] was said.
+    Lent,
+}
+
 /// Where secret pages come from and how many there may be. One per process.
 pub struct SecretMemory {
     used: AtomicUsize,
@@ -76,7 +87,7 @@ impl SecretMemory {
         let (limit, remedy) = if room < bytes { (room, RAISE_RLIMIT) } else { (bytes, RAISE_OWN_LIMIT) };
         let backing = if secret_file(0).is_ok() { Backing::Secret } else { Backing::Locked };
         let memory = Arc::new(Self { used: AtomicUsize::new(0), limit, remedy, backing });
-        memory.allocate(1)?;
+        memory.allocate(1, Sharing::Own)?;
         Ok(memory)
     }
 
@@ -98,23 +109,38 @@ impl SecretMemory {
         self.backing
     }
 
-    /// `length` bytes, zeroed, in whole pages of their own, which nobody else can ever map.
+    /// `length` bytes, zeroed, in whole pages of their own. Lent ones keep their file.
     ///
     /// # Errors
     /// [`MemoryError`]
-    pub fn allocate(self: &Arc<Self>, length: usize) -> Result<Pages, MemoryError> {
-        let (mapping, reservation, _closed) = self.map(length, OnDrop::Wipe)?;
-        Ok(Pages { mapping, length, _reservation: reservation })
+    pub fn allocate(self: &Arc<Self>, length: usize, sharing: Sharing) -> Result<Pages, MemoryError> {
+        let (on_drop, lent) = match sharing {
+            Sharing::Own => (OnDrop::Wipe, false),
+            Sharing::Lent => (OnDrop::Leave, true),
+        };
+        let (mapping, reservation, file) = self.map(length, on_drop)?;
+        Ok(Pages { mapping, length, file: lent.then_some(file), _reservation: reservation })
     }
 
-    /// As [`SecretMemory::allocate`], and the file behind them, to hand over to another process. What both hold is not
-    /// wiped when the pages are dropped here.
+    /// Lent pages that another process wrote, by their file: all of it, read-only. What they hold is for the caller to check.
     ///
     /// # Errors
-    /// [`MemoryError`]
-    pub fn allocate_shared(self: &Arc<Self>, length: usize) -> Result<(Pages, OwnedFd), MemoryError> {
-        let (mapping, reservation, file) = self.map(length, OnDrop::Leave)?;
-        Ok((Pages { mapping, length, _reservation: reservation }, file))
+    /// [`MemoryError`]: no room; or the file may shrink, which would end a reader with SIGBUS, or is no secret one.
+    pub fn adopt(self: &Arc<Self>, file: OwnedFd) -> Result<Pages, MemoryError> {
+        let (length, backing) = inspect(&file).map_err(MemoryError::Kernel)?;
+        let reservation = self.reserve(length)?;
+        let map = || {
+            let mut mapping = Mapping::of_file(&file, length, OnDrop::Leave)?;
+            match backing {
+                Backing::Secret => mapping.confirm(),
+                Backing::Locked => mapping.lock(),
+            }?;
+            Ok(mapping)
+        };
+        let mapping = map().map_err(|error| self.refused(error, length))?;
+        let mut pages = Pages { mapping, length, file: Some(file), _reservation: reservation };
+        pages.seal();
+        Ok(pages)
     }
 
     /// At least `length` bytes of writable pages, counted.
@@ -166,6 +192,22 @@ impl SecretMemory {
     }
 }
 
+/// Size and kind of a file of secret pages, if it will keep that size.
+fn inspect(file: &OwnedFd) -> io::Result<(usize, Backing)> {
+    /// include/uapi/linux/magic.h. The kernel fixes the size of such a file when it is first set.
+    const SECRETMEM_MAGIC: i64 = 0x5345_434d;
+    let backing = if fstatfs(file)?.f_type == SECRETMEM_MAGIC {
+        Backing::Secret
+    } else if fcntl_get_seals(file)?.contains(SealFlags::SHRINK) {
+        Backing::Locked
+    } else {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "a file that may shrink"));
+    };
+    let length = usize::try_from(fstat(file)?.st_size).ok();
+    let length = length.filter(|length| *length > 0 && length.is_multiple_of(page_size()));
+    length.map(|length| (length, backing)).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
 /// A part of the budget; given back on drop.
 pub(super) struct Reservation {
     memory: Arc<SecretMemory>,
@@ -185,15 +227,27 @@ impl Drop for Reservation {
     }
 }
 
-/// A mapping of whole secret pages; wiped and unmapped on drop.
+/// A mapping of whole secret pages; unmapped on drop, and wiped unless it is lent.
 pub struct Pages {
     // Unmapped before the budget is given back: fields are dropped in this order.
     mapping: Mapping,
     length: usize,
+    file: Option<OwnedFd>,
     _reservation: Reservation,
 }
 
 impl Pages {
+    /// The file of lent pages, to hand over.
+    #[must_use]
+    pub fn file(&self) -> Option<BorrowedFd<'_>> {
+        self.file.as_ref().map(AsFd::as_fd)
+    }
+
+    /// They are given up for good: when they are dropped they are wiped, lent or not.
+    pub fn wipe_on_drop(&self) {
+        self.mapping.wipe_on_drop();
+    }
+
     /// The bytes.
     #[must_use]
     pub fn expose(&self) -> &[u8] {
@@ -227,7 +281,7 @@ mod tests {
     #[test]
     fn pages_are_zero_count_whole_and_give_their_budget_back() {
         let memory = SecretMemory::with_limit(16 * page_size()).unwrap();
-        let mut pages = memory.allocate(page_size() + 1).unwrap();
+        let mut pages = memory.allocate(page_size() + 1, Sharing::Own).unwrap();
         assert_eq!(pages.expose().len(), page_size() + 1);
         assert!(pages.expose().iter().all(|byte| *byte == 0));
         assert_eq!(memory.used(), 2 * page_size());
@@ -242,32 +296,59 @@ mod tests {
     fn what_does_not_fit_is_refused_with_used_limit_wanted_and_a_remedy() {
         let page = page_size();
         let memory = SecretMemory::with_limit(4 * page).unwrap();
-        let _held = memory.allocate(3 * page).unwrap();
-        let text = memory.allocate(page + 1).err().unwrap().to_string();
+        let _held = memory.allocate(3 * page, Sharing::Own).unwrap();
+        let text = memory.allocate(page + 1, Sharing::Own).err().unwrap().to_string();
         let expected = format!("{} of {} bytes in use, {} more wanted; raise", 3 * page, 4 * page, 2 * page);
         assert!(text.contains(&expected), "{text}");
-        assert!(matches!(memory.allocate(usize::MAX), Err(MemoryError::Full { .. })));
-        assert!(memory.allocate(page).is_ok(), "a refusal takes nothing");
+        assert!(matches!(memory.allocate(usize::MAX, Sharing::Own), Err(MemoryError::Full { .. })));
+        assert!(memory.allocate(page, Sharing::Own).is_ok(), "a refusal takes nothing");
     }
 
     #[test]
     fn sealed_pages_refuse_to_be_written() {
         let memory = SecretMemory::with_limit(4 * page_size()).unwrap();
-        let mut pages = memory.allocate(10).unwrap();
+        let mut pages = memory.allocate(10, Sharing::Own).unwrap();
         pages.seal();
         let written = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| pages.expose_mut()[0] = 1));
         assert!(written.is_err());
     }
 
     #[test]
-    fn shared_pages_outlive_their_maker() {
+    fn lent_pages_outlive_their_maker_unless_they_were_given_up() {
+        let here = SecretMemory::with_limit(8 * page_size()).unwrap();
+        let fallback = fallback(&here);
+        for memory in [here, fallback] {
+            for given_up in [false, true] {
+                let mut pages = memory.allocate(page_size() + 1, Sharing::Lent).unwrap();
+                pages.expose_mut().fill(7);
+                pages.seal();
+                let file = pages.file().unwrap().try_clone_to_owned().unwrap();
+                if given_up {
+                    pages.wipe_on_drop();
+                }
+                drop(pages);
+                let successor = memory.adopt(file).unwrap();
+                assert_eq!(successor.expose().len(), 2 * page_size());
+                let left = if given_up { 0 } else { 7 };
+                assert!(successor.expose()[..=page_size()].iter().all(|byte| *byte == left));
+                assert_eq!(memory.used(), 2 * page_size());
+            }
+        }
+    }
+
+    #[test]
+    fn a_file_that_may_shrink_or_is_too_large_is_not_adopted() {
         let memory = SecretMemory::with_limit(4 * page_size()).unwrap();
-        let (mut pages, file) = memory.allocate_shared(page_size()).unwrap();
-        pages.expose_mut().fill(7);
-        pages.seal();
-        drop(pages);
-        let successor = Mapping::of_file(&file, page_size(), OnDrop::Wipe).unwrap();
-        assert!(successor.iter().all(|byte| *byte == 7));
+        let open = tempfile::tempfile().unwrap();
+        open.set_len(page_size() as u64).unwrap();
+        assert!(memory.adopt(open.into()).is_err());
+        let empty = crate::sys::mapping::memory_file(0).unwrap();
+        assert!(memory.adopt(empty).is_err());
+        let large = crate::sys::mapping::memory_file(5 * page_size()).unwrap();
+        assert!(matches!(memory.adopt(large), Err(MemoryError::Full { .. })));
+        let odd = crate::sys::mapping::memory_file(page_size() + 1).unwrap();
+        assert!(memory.adopt(odd).is_err());
+        assert_eq!(memory.used(), 0);
     }
 
     #[test]
@@ -278,7 +359,7 @@ mod tests {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for _ in 0..200 {
-                        let held: Vec<_> = (0..3).filter_map(|_| memory.allocate(page).ok()).collect();
+                        let held: Vec<_> = (0..3).filter_map(|_| memory.allocate(page, Sharing::Own).ok()).collect();
                         assert!(memory.used() <= 8 * page);
                         assert!(memory.used() >= held.len() * page);
                     }
@@ -293,7 +374,7 @@ mod tests {
         let here = SecretMemory::with_limit(4 * page_size()).unwrap();
         let fallback = fallback(&here);
         for memory in [here, fallback] {
-            let mut pages = memory.allocate(10).unwrap();
+            let mut pages = memory.allocate(10, Sharing::Own).unwrap();
             pages.expose_mut().fill(7);
             pages.seal();
             assert_eq!(pages.expose(), [7; 10]);

@@ -7,8 +7,9 @@ use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::fs::MemfdFlags;
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals};
 use rustix::mm::{Advice, MapFlags, MlockFlags, MprotectFlags, ProtFlags};
 
 use super::page_size;
@@ -27,7 +28,8 @@ pub struct Mapping {
     start: NonNull<u8>,
     length: usize,
     writable: bool,
-    on_drop: OnDrop,
+    /// Whether the bytes are overwritten on drop.
+    wipe: AtomicBool,
 }
 
 // SAFETY: a Mapping owns its pages as a Box<[u8]> does: no other value points into them, they are shared only through
@@ -66,7 +68,8 @@ impl Mapping {
 
     fn take(start: *mut c_void, length: usize, on_drop: OnDrop) -> io::Result<Self> {
         let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::AddrNotAvailable)?;
-        let mapping = Self { start, length, writable: true, on_drop };
+        let wipe = AtomicBool::new(on_drop == OnDrop::Wipe);
+        let mapping = Self { start, length, writable: true, wipe };
         for advice in [Advice::LinuxDontFork, Advice::LinuxDontDump] {
             // SAFETY: whole pages that mmap just gave us; neither advice changes a byte.
             unsafe { rustix::mm::madvise(mapping.address(), length, advice) }?;
@@ -88,12 +91,41 @@ impl Mapping {
             if written != 1 {
                 let error = io::Error::last_os_error();
                 // No secret is in it yet, and a wipe would touch the page that cannot be had.
-                self.on_drop = OnDrop::Leave;
+                *self.wipe.get_mut() = false;
                 return Err(error);
             }
             self[offset] = 0;
         }
         Ok(())
+    }
+
+    /// Brings every page in that somebody else wrote, and leaves it as it is. By the kernel's hand, as [`Mapping::populate`]:
+    /// it compares a word of each, which is copied nowhere.
+    ///
+    /// # Errors
+    /// `EFAULT`: a page cannot be had.
+    pub fn confirm(&mut self) -> io::Result<()> {
+        let (compare, at_once) = (libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG, [0i64; 2]);
+        for offset in (0..self.length).step_by(page_size()) {
+            // SAFETY: an aligned word inside our pages, which the kernel only reads; the time is on the stack, zero, and wide
+            // enough for any timespec; so the call never waits.
+            let result = unsafe {
+                let word = self.start.as_ptr().add(offset);
+                libc::syscall(libc::SYS_futex, word, compare, 0, at_once.as_ptr(), ptr::null::<u32>(), 0)
+            };
+            let error = io::Error::last_os_error();
+            // Another word than zero is EAGAIN, and zero a wait that is over at once.
+            if result < 0 && !matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::ETIMEDOUT | libc::EINTR)) {
+                *self.wipe.get_mut() = false;
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Changes what happens when it is dropped: the bytes are overwritten, for whoever holds the file too.
+    pub fn wipe_on_drop(&self) {
+        self.wipe.store(true, Ordering::Release);
     }
 
     /// Locks every page, bringing it in.
@@ -145,7 +177,7 @@ impl DerefMut for Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        if self.on_drop == OnDrop::Wipe {
+        if *self.wipe.get_mut() {
             self.writable |= self.protect(MprotectFlags::READ | MprotectFlags::WRITE).is_ok();
             if self.writable {
                 crate::secret::wipe(self);
@@ -175,18 +207,20 @@ pub fn secret_file(length: usize) -> io::Result<OwnedFd> {
     Ok(file)
 }
 
-/// A new memory file, `length` bytes, that cannot be executed.
+/// A new memory file, `length` bytes for ever, that cannot be executed.
 ///
 /// # Errors
 /// What memfd_create(2) says.
 pub fn memory_file(length: usize) -> io::Result<OwnedFd> {
     let create = |flags| rustix::fs::memfd_create(c"fuse-secrets", flags);
-    let file = match create(MemfdFlags::CLOEXEC | MemfdFlags::NOEXEC_SEAL) {
-        // Before 6.3 the kernel does not know the second flag.
-        Err(rustix::io::Errno::INVAL) => create(MemfdFlags::CLOEXEC)?,
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = match create(flags | MemfdFlags::NOEXEC_SEAL) {
+        // Before 6.3 the kernel does not know this flag.
+        Err(rustix::io::Errno::INVAL) => create(flags)?,
         made => made?,
     };
     rustix::fs::ftruncate(&file, length as u64)?;
+    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
     Ok(file)
 }
 

@@ -1,7 +1,7 @@
 //! From answers to the next generation: each file is cut out of its answer, compared with the generation before, and
 //! written with the others if any of them differs.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
 use super::generation::Generation;
@@ -9,7 +9,7 @@ use super::snapshot::{FileImage, FileRecord, Snapshot, WriteError};
 use crate::cache::Value;
 use crate::reference::FileSpec;
 use crate::secret::SecretBytes;
-use crate::secret::pages::SecretMemory;
+use crate::secret::pages::{SecretMemory, Sharing};
 use crate::store::answer::{ExtractError, extract};
 use crate::time::Moment;
 
@@ -22,6 +22,41 @@ pub enum BuildError {
     /// No room, or broken memory.
     #[error(transparent)]
     Write(#[from] WriteError),
+}
+
+/// Where a file's bytes come from.
+pub(super) enum Source {
+    /// From the store's answer.
+    Answer(Arc<Value>),
+    /// From the generation that a predecessor left: the store has not answered since.
+    Carried,
+    /// From nowhere: its grace ended.
+    Over,
+}
+
+/// What a generation was built from, to know when that is something else.
+pub(super) enum Basis {
+    Answer(Weak<Value>),
+    Carried,
+    Over,
+}
+
+impl Source {
+    pub(super) fn basis(&self) -> Basis {
+        match self {
+            Self::Answer(value) => Basis::Answer(Arc::downgrade(value)),
+            Self::Carried => Basis::Carried,
+            Self::Over => Basis::Over,
+        }
+    }
+
+    pub(super) fn is(&self, basis: &Basis) -> bool {
+        match (self, basis) {
+            (Self::Answer(value), Basis::Answer(built)) => std::ptr::eq(Arc::as_ptr(value), built.as_ptr()),
+            (Self::Carried, Basis::Carried) | (Self::Over, Basis::Over) => true,
+            _ => false,
+        }
+    }
 }
 
 /// One file of a generation to be.
@@ -63,12 +98,13 @@ pub(super) struct Next {
 }
 
 impl Next {
-    /// Writes it; `None`: every byte is as in the current one.
+    /// Writes it with this number; `None`: every byte is as in the current one.
     pub(super) fn build(
         specs: &[FileSpec],
         files: &[NewFile],
         current: Option<&Generation>,
-        memory: &Arc<SecretMemory>,
+        number: u32,
+        (memory, sharing): (&Arc<SecretMemory>, Sharing),
         now: Moment,
     ) -> Result<Option<Self>, BuildError> {
         let before = current.map(|current| &current.snapshot);
@@ -87,9 +123,8 @@ impl Next {
                 expires: file.expires,
             })
             .collect();
-        let number = current.map_or(1, |current| current.number() + 1);
         Ok(Some(Self {
-            snapshot: Snapshot::write(memory, number, now.wall, &images)?,
+            snapshot: Snapshot::write(memory, sharing, number, now.wall, &images)?,
             since: (0..files.len())
                 .map(|i| current.filter(|_| !differs[i]).map_or(number, |current| current.since(i)))
                 .collect(),
@@ -99,14 +134,25 @@ impl Next {
     }
 }
 
-/// Cuts each file out of its answer; every fault at once.
-pub(super) fn cut(specs: &[FileSpec], values: &[Option<Arc<Value>>]) -> Result<Vec<NewFile>, BuildError> {
+/// Cuts each file out of its source; every fault at once.
+pub(super) fn cut(
+    specs: &[FileSpec],
+    sources: &[Source],
+    current: Option<&Generation>,
+) -> Result<Vec<NewFile>, BuildError> {
     let mut faults = Vec::new();
-    let mut files = Vec::with_capacity(values.len());
-    for (spec, value) in specs.iter().zip(values) {
-        let Some(value) = value else {
-            files.push(NewFile::default());
-            continue;
+    let mut files = Vec::with_capacity(sources.len());
+    for (index, (spec, source)) in specs.iter().zip(sources).enumerate() {
+        let value = match source {
+            Source::Answer(value) => value,
+            Source::Carried => {
+                files.push(current.map_or_else(NewFile::default, |current| carried(&current.snapshot, index)));
+                continue;
+            }
+            Source::Over => {
+                files.push(NewFile::default());
+                continue;
+            }
         };
         match extract(value.body.expose(), spec.key.as_deref(), spec.encoding) {
             Ok(bytes) => files.push(NewFile {
@@ -120,6 +166,14 @@ pub(super) fn cut(specs: &[FileSpec], values: &[Option<Arc<Value>>]) -> Result<V
         }
     }
     if faults.is_empty() { Ok(files) } else { Err(BuildError::Extract(faults)) }
+}
+
+/// A file as a generation has it.
+fn carried(snapshot: &Snapshot, index: usize) -> NewFile {
+    let value = snapshot.value(index).map(|bytes| SecretBytes::new(bytes.to_vec()));
+    let Some(record) = snapshot.files().get(index) else { return NewFile::default() };
+    let FileRecord { mtime, version, lease_id, expires, .. } = record;
+    NewFile { value, written: *mtime, version: *version, lease_id: lease_id.clone(), expires: *expires }
 }
 
 /// The `mtime` of a file in the generation that is being built: that of its version, never going backwards, and never the

@@ -5,14 +5,18 @@
 //! ```
 
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+use super::opens::Opens;
 use super::snapshot::Snapshot;
 use crate::time::Moment;
 
 /// How many generations before the previous one are kept for handles that are open on them. Beyond, the oldest goes and
 /// its readers get ESTALE: memory stays bounded, however often a secret rotates under a file that is never closed.
 pub const OLDER: usize = 8;
+
+/// Numbers of gone generations that wait to be told.
+const UNTOLD: usize = 256;
 
 /// One generation: a snapshot, when it was installed, and how many handles are open on it.
 pub struct Generation {
@@ -22,7 +26,9 @@ pub struct Generation {
     pub installed: Moment,
     /// Per file, the generation in which its bytes last changed.
     since: Vec<u32>,
-    open: AtomicU32,
+    opens: Arc<Opens>,
+    /// Where its handles are counted.
+    place: usize,
 }
 
 impl Generation {
@@ -41,17 +47,95 @@ impl Generation {
     /// Handles open on it.
     #[must_use]
     pub fn open_handles(&self) -> u32 {
-        self.open.load(Ordering::Acquire)
+        self.opens.count(self.place, self.number())
     }
 }
 
 /// The kept generations, oldest first.
-#[derive(Default)]
 pub struct Generations {
     kept: RwLock<Vec<Arc<Generation>>>,
+    opens: Arc<Opens>,
+    /// The highest number ever given.
+    highest: AtomicU32,
+    /// Numbers that went and that whoever keeps them for a successor was not told of.
+    untold: Mutex<Vec<u32>>,
 }
 
 impl Generations {
+    /// None yet; handles are counted in this table.
+    #[must_use]
+    pub fn new(opens: Arc<Opens>) -> Self {
+        Self { kept: RwLock::default(), opens, highest: AtomicU32::new(0), untold: Mutex::default() }
+    }
+
+    /// The table in which is counted.
+    #[must_use]
+    pub fn opens(&self) -> &Arc<Opens> {
+        &self.opens
+    }
+
+    /// The number for the next one: above every number that was ever given, also to one that could not be read.
+    #[must_use]
+    pub fn next_number(&self) -> u32 {
+        self.highest.load(Ordering::Acquire) + 1
+    }
+
+    /// Takes over what a predecessor left: snapshots, and the highest number that it gave. If its counts are lost, every
+    /// generation counts as open until the limit pushes it out.
+    pub fn restore(&self, mut snapshots: Vec<Snapshot>, highest: u32, counted: bool, now: Moment) {
+        snapshots.sort_by_key(Snapshot::generation);
+        snapshots.drain(..snapshots.len().saturating_sub(OLDER + 2)).for_each(|old| {
+            self.untold().push(old.generation());
+            old.pages().wipe_on_drop();
+        });
+        let numbers: Vec<u32> = snapshots.iter().map(Snapshot::generation).collect();
+        self.opens.keep_only(&numbers);
+        let mut kept = self.write();
+        for snapshot in snapshots {
+            let (number, before) = (snapshot.generation(), kept.last());
+            let since = |file| {
+                let same = before.filter(|before: &&Arc<Generation>| {
+                    before.snapshot.value(file) == snapshot.value(file)
+                });
+                same.map_or(number, |before| before.since(file))
+            };
+            let since = (0..snapshot.files().len()).map(since).collect();
+            let place = self.opens.place(number);
+            if !counted {
+                self.opens.assume_open(place, number);
+            }
+            let opens = Arc::clone(&self.opens);
+            kept.push(Arc::new(Generation { snapshot, installed: now, since, opens, place }));
+        }
+        let newest = kept.last().map_or(0, |newest| newest.number());
+        self.highest.fetch_max(highest.max(newest), Ordering::AcqRel);
+        self.bury(prune(&mut kept), &kept);
+    }
+
+    /// Gives up all, for good.
+    pub fn give_up(&self) {
+        let mut kept = self.write();
+        let all = std::mem::take(&mut *kept);
+        self.bury(all, &kept);
+    }
+
+    /// Numbers that went since this was asked last; always none where nobody keeps them.
+    #[must_use]
+    pub fn take_gone(&self) -> Vec<u32> {
+        std::mem::take(&mut *self.untold())
+    }
+
+    /// Takes back what [`Generations::take_gone`] gave and could not be told.
+    pub fn untell(&self, gone: Vec<u32>) {
+        self.untold().extend(gone);
+    }
+
+    /// All that are kept, oldest first.
+    #[must_use]
+    pub fn kept(&self) -> Vec<Arc<Generation>> {
+        self.read().clone()
+    }
+
     /// The newest; `None` before the first.
     #[must_use]
     pub fn current(&self) -> Option<Arc<Generation>> {
@@ -82,10 +166,12 @@ impl Generations {
     ) -> Vec<(u32, bool)> {
         let mut kept = self.write();
         let mut gone = if forget_older { std::mem::take(&mut *kept) } else { Vec::new() };
-        kept.push(Arc::new(Generation { snapshot, installed: now, since, open: AtomicU32::new(0) }));
+        let (number, opens) = (snapshot.generation(), Arc::clone(&self.opens));
+        let place = opens.place(number);
+        self.highest.fetch_max(number, Ordering::AcqRel);
+        kept.push(Arc::new(Generation { snapshot, installed: now, since, opens, place }));
         gone.extend(prune(&mut kept));
-        drop(kept);
-        gone.iter().map(|generation| (generation.number(), generation.open_handles() > 0)).collect()
+        self.bury(gone, &kept)
     }
 
     /// Counts a handle on a generation; `None`: it is gone. Counted under the lock, so that no `install` can drop it between.
@@ -93,7 +179,7 @@ impl Generations {
     pub fn open(&self, number: u32) -> Option<Arc<Generation>> {
         let kept = self.read();
         let generation = kept.iter().rev().find(|generation| generation.number() == number)?;
-        generation.open.fetch_add(1, Ordering::AcqRel);
+        self.opens.add(generation.place, number);
         Some(Arc::clone(generation))
     }
 
@@ -101,11 +187,35 @@ impl Generations {
     /// already is no fault: its handles close later.
     pub fn release(&self, number: u32) -> Vec<u32> {
         let Some(generation) = self.find(number) else { return Vec::new() };
-        let before = generation.open.fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| n.checked_sub(1));
-        if before != Ok(1) {
+        if !self.opens.take(generation.place, number) {
             return Vec::new();
         }
-        prune(&mut self.write()).iter().map(|generation| generation.number()).collect()
+        let mut kept = self.write();
+        let gone = prune(&mut kept);
+        self.bury(gone, &kept).into_iter().map(|(number, _)| number).collect()
+    }
+
+    /// The end of generations: they are wiped as soon as nobody reads them, and their places are free. Returns the numbers,
+    /// and whether each still had an open handle.
+    fn bury(&self, gone: Vec<Arc<Generation>>, kept: &[Arc<Generation>]) -> Vec<(u32, bool)> {
+        let told: Vec<_> =
+            gone.iter().map(|generation| (generation.number(), generation.open_handles() > 0)).collect();
+        gone.iter().for_each(|generation| generation.snapshot.pages().wipe_on_drop());
+        if !gone.is_empty() {
+            self.opens.keep_only(&kept.iter().map(|generation| generation.number()).collect::<Vec<_>>());
+        }
+        if self.opens.file().is_some() {
+            let mut untold = self.untold();
+            untold.extend(told.iter().map(|(number, _)| number));
+            // While nobody listens they are of no use: a keeper that comes back is given all that is kept.
+            let surplus = untold.len().saturating_sub(UNTOLD);
+            untold.drain(..surplus);
+        }
+        told
+    }
+
+    fn untold(&self) -> std::sync::MutexGuard<'_, Vec<u32>> {
+        self.untold.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn read(&self) -> std::sync::RwLockReadGuard<'_, Vec<Arc<Generation>>> {
@@ -149,17 +259,17 @@ fn prune(kept: &mut Vec<Arc<Generation>>) -> Vec<Arc<Generation>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::secret::pages::SecretMemory;
+    use crate::secret::pages::{SecretMemory, Sharing};
     use std::time::SystemTime;
 
     fn install(generations: &Generations, memory: &Arc<SecretMemory>, number: u32) -> Vec<(u32, bool)> {
-        let snapshot = Snapshot::write(memory, number, SystemTime::UNIX_EPOCH, &[]).unwrap();
+        let snapshot = Snapshot::write(memory, Sharing::Own, number, SystemTime::UNIX_EPOCH, &[]).unwrap();
         generations.install(snapshot, Vec::new(), Moment::now(), false)
     }
 
     #[test]
     fn only_the_current_and_the_previous_are_kept_while_nothing_is_open() {
-        let (generations, memory) = (Generations::default(), SecretMemory::new().unwrap());
+        let (generations, memory) = (Generations::new(Arc::new(Opens::own(0))), SecretMemory::new().unwrap());
         for number in 1..=5 {
             install(&generations, &memory, number);
         }
@@ -168,7 +278,7 @@ mod tests {
 
     #[test]
     fn an_open_handle_keeps_its_generation_until_it_closes() {
-        let (generations, memory) = (Generations::default(), SecretMemory::new().unwrap());
+        let (generations, memory) = (Generations::new(Arc::new(Opens::own(0))), SecretMemory::new().unwrap());
         install(&generations, &memory, 1);
         let _ = generations.open(1).unwrap();
         for number in 2..=4 {
@@ -182,7 +292,7 @@ mod tests {
 
     #[test]
     fn beyond_eight_older_open_ones_the_oldest_goes() {
-        let (generations, memory) = (Generations::default(), SecretMemory::new().unwrap());
+        let (generations, memory) = (Generations::new(Arc::new(Opens::own(0))), SecretMemory::new().unwrap());
         let mut gone = Vec::new();
         for number in 1..=11 {
             gone.extend(install(&generations, &memory, number));

@@ -24,7 +24,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use crate::secret::SecretBytes;
-use crate::secret::pages::{MemoryError, Pages, SecretMemory};
+use crate::secret::pages::{MemoryError, Pages, SecretMemory, Sharing};
 
 const MAGIC: &[u8; 8] = b"fusesec\0";
 const VERSION: u32 = 1;
@@ -116,6 +116,7 @@ impl Snapshot {
     /// [`WriteError`]; nothing is left behind.
     pub fn write(
         memory: &Arc<SecretMemory>,
+        sharing: Sharing,
         generation: u32,
         created: SystemTime,
         files: &[FileImage<'_>],
@@ -127,7 +128,7 @@ impl Snapshot {
             })
             .sum();
         let length = HEADER + files.len() * RECORD + tail;
-        let mut pages = memory.allocate(length)?;
+        let mut pages = memory.allocate(length, sharing)?;
         let bytes = &mut pages.expose_mut()[..length];
         let count = u32::try_from(files.len()).map_err(|_| WriteError::TooLarge)?;
         bytes[0..8].copy_from_slice(MAGIC);
@@ -179,6 +180,12 @@ impl Snapshot {
     pub fn open(pages: Pages) -> Result<Self, SnapshotError> {
         let (generation, created, files) = parse(pages.expose())?;
         Ok(Self { pages, generation, created, files })
+    }
+
+    /// The pages that hold it.
+    #[must_use]
+    pub fn pages(&self) -> &Pages {
+        &self.pages
     }
 
     /// The generation's number, counted from 1 for each volume.
@@ -285,7 +292,7 @@ mod tests {
     fn sample(memory: &Arc<SecretMemory>) -> Snapshot {
         let (a, b) = (SecretBytes::new(b"alpha".to_vec()), SecretBytes::new(vec![]));
         let files = [image("a", Some(&a)), image("dir/b", Some(&b)), image("gone", None)];
-        Snapshot::write(memory, 3, moment(5), &files).unwrap()
+        Snapshot::write(memory, Sharing::Own, 3, moment(5), &files).unwrap()
     }
 
     #[test]
@@ -302,6 +309,34 @@ mod tests {
         assert_eq!(record.expires, Some(record.mtime));
     }
 
+    /// What version 1 of the program writes. Later versions must read it: this file is never changed.
+    const RECORDED: &str = include_str!("../../tests/snapshot-v1.hex");
+
+    #[test]
+    fn a_snapshot_of_version_1_is_read_by_this_and_every_later_version() {
+        let memory = SecretMemory::new().unwrap();
+        let bytes = hex::decode(RECORDED.split_whitespace().collect::<String>()).unwrap();
+        let mut pages = memory.allocate(bytes.len(), Sharing::Own).unwrap();
+        pages.expose_mut().copy_from_slice(&bytes);
+        let (recorded, sample) = (Snapshot::open(pages).unwrap(), sample(&memory));
+        assert_eq!(recorded.files(), sample.files());
+        assert_eq!((recorded.generation(), recorded.created()), (sample.generation(), sample.created()));
+        assert_eq!((recorded.value(0), recorded.value(1)), (Some(b"alpha".as_slice()), Some(b"".as_slice())));
+        assert_eq!(recorded.value(2), None);
+        assert_eq!(sample.pages.expose(), bytes, "what is written has not changed either");
+    }
+
+    #[test]
+    fn a_lent_snapshot_is_read_from_its_file() {
+        let memory = SecretMemory::new().unwrap();
+        let value = SecretBytes::new(b"alpha".to_vec());
+        let lent = Snapshot::write(&memory, Sharing::Lent, 9, moment(5), &[image("a", Some(&value))]).unwrap();
+        let file = lent.pages().file().unwrap().try_clone_to_owned().unwrap();
+        drop(lent);
+        let successor = Snapshot::open(memory.adopt(file).unwrap()).unwrap();
+        assert_eq!((successor.generation(), successor.value(0)), (9, Some(b"alpha".as_slice())));
+    }
+
     proptest! {
         #[test]
         fn no_damaged_byte_is_served(at in 0usize..400, flip in 1u8..) {
@@ -309,7 +344,7 @@ mod tests {
             let whole = sample(&memory).pages.expose().to_vec();
             let length = usize::try_from(u64_at(&whole, 16)).unwrap();
             let at = at % length;
-            let mut damaged = memory.allocate(whole.len()).unwrap();
+            let mut damaged = memory.allocate(whole.len(), Sharing::Own).unwrap();
             damaged.expose_mut().copy_from_slice(&whole);
             damaged.expose_mut()[at] ^= flip;
             prop_assert!(Snapshot::open(damaged).is_err());
@@ -327,7 +362,7 @@ mod tests {
                 forged[12..16].copy_from_slice(&checksum.to_le_bytes());
             }
             let memory = SecretMemory::new().unwrap();
-            let mut pages = memory.allocate(length).unwrap();
+            let mut pages = memory.allocate(length, Sharing::Own).unwrap();
             pages.expose_mut()[..length].copy_from_slice(&forged);
             if let Ok(snapshot) = Snapshot::open(pages) {
                 for i in 0..snapshot.files().len() {

@@ -6,17 +6,18 @@ use super::*;
 use crate::cache::Limits;
 use crate::reference::{Encoding, FilePath, Freshness, Ownership, Request};
 use crate::secret::arena::Arena;
+use crate::secret::pages::Sharing;
 use crate::store::scripted::{Scenario, Scripted, identity, token};
 
-struct Bench {
-    store: Arc<Scripted>,
-    cache: Cache,
-    memory: Arc<SecretMemory>,
+pub(super) struct Bench {
+    pub(super) store: Arc<Scripted>,
+    pub(super) cache: Cache,
+    pub(super) memory: Arc<SecretMemory>,
     metrics: Arc<Metrics>,
 }
 
 impl Bench {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let (store, memory, metrics) =
             (Scripted::new(), SecretMemory::new().unwrap(), Arc::<Metrics>::default());
         let arena = Arena::new(Arc::clone(&memory));
@@ -24,7 +25,7 @@ impl Bench {
         Self { store, cache, memory, metrics }
     }
 
-    fn volume(&self, files: &[(&str, &str)], freshness: Freshness) -> Arc<Volume> {
+    pub(super) fn spec(files: &[(&str, &str)], freshness: Freshness) -> VolumeSpec {
         let file = |&(path, key): &(&str, &str)| FileSpec {
             path: FilePath::parse(path).unwrap(),
             request: Request { method: Method::Get, path: "app".into(), query: None, args: None },
@@ -32,36 +33,42 @@ impl Bench {
             encoding: Encoding::Utf8,
             ownership: Ownership::default(),
         };
-        let spec = VolumeSpec {
+        VolumeSpec {
             class: "test".into(),
             identity: identity(),
             files: files.iter().map(file).collect(),
             freshness,
             ownership: Ownership::default(),
-        };
-        let surroundings = Surroundings {
+        }
+    }
+
+    pub(super) fn surroundings(&self) -> Surroundings {
+        Surroundings {
             memory: Arc::clone(&self.memory),
             metrics: Arc::clone(&self.metrics),
             default_owner: (0, 0),
-        };
-        Volume::new(VolumeId("v".into()), spec, None, surroundings)
+        }
     }
 
-    async fn publish(&self, volume: &Arc<Volume>) -> Result<(), PublishError> {
+    fn volume(&self, files: &[(&str, &str)], freshness: Freshness) -> Arc<Volume> {
+        Volume::new(VolumeId("v".into()), Self::spec(files, freshness), None, self.surroundings())
+    }
+
+    pub(super) async fn publish(&self, volume: &Arc<Volume>) -> Result<(), PublishError> {
         let deadline = now().monotonic + Duration::from_secs(5);
         volume.publish(&self.cache, Arc::new(Credential::Jwt(token("jwt"))), deadline).await
     }
 }
 
-fn now() -> Moment {
+pub(super) fn now() -> Moment {
     Moment { monotonic: tokio::time::Instant::now().into_std(), wall: SystemTime::now() }
 }
 
-async fn pass(seconds: u64) {
+pub(super) async fn pass(seconds: u64) {
     tokio::time::sleep(Duration::from_secs(seconds)).await;
 }
 
-fn content(volume: &Volume, file: usize) -> Option<String> {
+pub(super) fn content(volume: &Volume, file: usize) -> Option<String> {
     let current = volume.generations().current().unwrap();
     current.snapshot.value(file).map(|bytes| String::from_utf8(bytes.to_vec()).unwrap())
 }
@@ -219,7 +226,7 @@ async fn a_generation_for_which_there_was_no_room_is_built_when_there_is() {
     bench.store.rotate("app", "one");
     let volume = bench.volume(&[("password", "password")], Freshness::default());
     bench.publish(&volume).await.unwrap();
-    let hoard = bench.memory.allocate(2 * crate::sys::page_size()).unwrap();
+    let hoard = bench.memory.allocate(2 * crate::sys::page_size(), Sharing::Own).unwrap();
     bench.store.rotate("app", "two");
     pass(70).await;
     assert_eq!(content(&volume, 0).unwrap(), "one");

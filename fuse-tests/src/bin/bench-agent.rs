@@ -93,7 +93,7 @@ impl Many {
             }
             ["unmount", directory] => {
                 let served = self.served.remove(*directory).ok_or("not mounted")?;
-                served.mount().detach()?;
+                served.detach()?;
                 tokio::time::timeout(DEADLINE, served.ended()).await?;
             }
             _ => return Err("no such command".into()),

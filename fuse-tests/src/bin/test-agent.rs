@@ -78,7 +78,7 @@ async fn serve() {
         out.flush().await.unwrap();
     }
     for served in server.served.values() {
-        let _ = served.mount().detach();
+        let _ = served.detach();
     }
     server.agent.shutdown().await;
     drop(socket);

@@ -206,6 +206,8 @@ impl<S: Store> Task<S> {
                 let until = now().monotonic + patience.min(LONGEST_PATIENCE);
                 self.feed(Event::Want { want, holder, entries, until }, Cargo::None);
             }
+            // Whoever asked may have stopped waiting.
+            Command::Ping { reply } => drop(reply.send(())),
             Command::Stop { .. } => {}
         }
     }
