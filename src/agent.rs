@@ -299,11 +299,7 @@ impl Agent {
     }
 
     fn surroundings(&self, default_owner: (u32, u32)) -> Surroundings {
-        Surroundings {
-            memory: Arc::clone(&self.memory),
-            metrics: Arc::clone(&self.metrics),
-            default_owner,
-        }
+        Surroundings { memory: Arc::clone(&self.memory), metrics: Arc::clone(&self.metrics), default_owner }
     }
 
     /// Holds what is served until it has ended.

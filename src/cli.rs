@@ -62,6 +62,8 @@ Examples:
   See what is mounted, and one mount file by file:
       fuse-secrets mounts
       fuse-secrets mounts /mnt/app
+  Serve the pods of this node, beside the shim fuse-secrets-csi:
+      fuse-secrets agent --classes /etc/fuse-secrets/classes
 
 Exit codes:
   0   done
@@ -93,6 +95,7 @@ pub enum Command {
         /// The volume's name, as `fuse-secrets mounts --from-shim` shows it
         #[arg(value_name = "VOLUME")]
         volume: String,
+        /// Whom to ask.
         #[command(flatten)]
         shim: observe::Shim,
     },

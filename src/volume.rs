@@ -212,8 +212,7 @@ impl Volume {
     }
 
     fn hold(&self, registration: Registration) {
-        let slots =
-            self.spec.files.iter().filter_map(|file| registration.slot(&self.key(file))).collect();
+        let slots = self.spec.files.iter().filter_map(|file| registration.slot(&self.key(file))).collect();
         let _ = self.slots.set(slots);
         let _ = self.registration.set(registration);
     }
@@ -549,16 +548,16 @@ struct Rebuild(Weak<Volume>);
 impl Subscriber for Rebuild {
     fn changed(&self, _keys: &[Key]) {
         // The first generation is `publish`'s, which also reports its faults; but a restored volume has no publisher.
-        if self.0.upgrade().is_none_or(|volume| {
-            volume.generations.current().is_none() && volume.inherited.get().is_none()
-        }) {
+        if self
+            .0
+            .upgrade()
+            .is_none_or(|volume| volume.generations.current().is_none() && volume.inherited.get().is_none())
+        {
             return;
         }
         let volume = Weak::clone(&self.0);
         tokio::spawn(async move {
-            while let Some(Err(BuildError::Write(_))) =
-                rebuild(&volume).await
-            {
+            while let Some(Err(BuildError::Write(_))) = rebuild(&volume).await {
                 tokio::time::sleep(RETRY).await;
             }
         });

@@ -132,7 +132,8 @@ impl Agent {
                 .map_err(ServeError::Serve)?,
         };
         let lending = Lending { keeper, target, group, init };
-        let volume = Volume::lent(id, spec, pod, self.surroundings(ROOT), lending).map_err(ServeError::Serve)?;
+        let volume =
+            Volume::lent(id, spec, pod, self.surroundings(ROOT), lending).map_err(ServeError::Serve)?;
         if let Some(former) = &former {
             let highest = former.volume().generations().next_number() - 1;
             volume.generations().restore(Vec::new(), highest, true, Moment::now());
@@ -250,7 +251,9 @@ impl Agent {
             let volume = served.volume();
             let collect = || Ok::<_, io::Error>((served.fuse()?, volume.parts()?));
             let (fuse, parts) = collect()
-                .inspect_err(|error| tracing::error!(volume = %volume.id().0, %error, "cannot be deposited again"))
+                .inspect_err(
+                    |error| tracing::error!(volume = %volume.id().0, %error, "cannot be deposited again"),
+                )
                 .ok()?;
             let pod = volume.pod().map(|pod| format!("{}/{}", pod.namespace, pod.name)).unwrap_or_default();
             let (id, target) = (volume.id().clone(), served.path().display().to_string());

@@ -52,6 +52,8 @@ Examples:
 
 SIGTERM ends it in order: what was read is answered, then the volumes wait for the next agent.";
 
+/// `max_read` of the shim's mounts, in bytes.
+const LARGEST_REPLY: usize = 128 << 10;
 /// A restart changes nothing about these.
 const HOPELESS: &[u8] = &[exit::USAGE, exit::NO_INPUT, exit::LIMIT];
 
@@ -169,10 +171,21 @@ async fn work(
     let metrics = Arc::new(Metrics::default());
     let attachment = Attachment::new(Arc::clone(&metrics));
     let setup = Setup { limits: config.limits, memory: config.memory_limit, threads: config.fuse_threads };
-    let agent = match Agent::start(Arc::new(Vault::new(Arc::clone(&metrics))), Arc::clone(&metrics), setup) {
+    let store = Arc::new(Vault::new(Arc::clone(&metrics)));
+    let keeper = Arc::clone(&attachment);
+    let agent = match Agent::start_lending(store, Arc::clone(&metrics), setup, keeper) {
         Ok(agent) => agent,
         Err(error) => return exit::report(exit::start(&error), &error),
     };
+    // A mount of the shim's is made for replies of this size, and the next agent must serve it as well.
+    if agent.largest_reply() < LARGEST_REPLY {
+        exit::complain(&format!(
+            "too little memory may be locked: replies of {LARGEST_REPLY} bytes do not fit a quarter of {} bytes; raise \
+             RLIMIT_MEMLOCK (systemd: LimitMEMLOCK=, the shim: --agent-memlock) or memoryLimit to 8 MiB or more",
+            agent.memory().limit()
+        ));
+        return ExitCode::from(exit::LIMIT);
+    }
     if let Some(listener) = listener {
         let serving = Arc::new(Serving { attachment: Arc::clone(&attachment), metrics });
         match tokio::net::TcpListener::from_std(listener) {

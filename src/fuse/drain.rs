@@ -63,7 +63,8 @@ pub(super) fn run<K>(
         }
         match rustix::io::write(real.as_fd(), &reply[..length]) {
             // Whoever asked is gone, or the mount is.
-            Ok(_) | Err(rustix::io::Errno::NOENT | rustix::io::Errno::NODEV | rustix::io::Errno::NOTCONN) => {}
+            Ok(_) | Err(rustix::io::Errno::NOENT | rustix::io::Errno::NODEV | rustix::io::Errno::NOTCONN) => {
+            }
             Err(error) => tracing::warn!(%error, "a reply was not taken"),
         }
     }

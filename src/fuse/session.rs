@@ -157,7 +157,8 @@ impl Session {
             tell_end.send_if_modified(|told| told.replace(end).is_none());
         })?;
         let switched = switched.recv_timeout(STARTING);
-        switched.map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "the session's threads do not start"))??;
+        switched
+            .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "the session's threads do not start"))??;
         Ok(Self { ended, wire, start, reading: Mutex::new(Some(reading)) })
     }
 
@@ -218,7 +219,10 @@ pub fn adopt<F: fuser::Filesystem>(
 }
 
 /// Introduces a file system to fuser, by an INIT that nobody else hears of. Returns the other end of what it reads.
-fn introduce<F: fuser::Filesystem>(filesystem: F, threads: usize) -> io::Result<(fuser::Session<F>, OwnedFd)> {
+fn introduce<F: fuser::Filesystem>(
+    filesystem: F,
+    threads: usize,
+) -> io::Result<(fuser::Session<F>, OwnedFd)> {
     let (ours, its) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     rustix::io::write(&ours, &handshake::synthetic_request())?;
     let mut config = fuser::Config::default();

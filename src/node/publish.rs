@@ -23,7 +23,7 @@ use super::refusal::{Code, Refusal};
 use crate::class::{Class, Classes, Kind, object_name};
 use crate::config::settings::Settings;
 use crate::config::{AgentConfig, UnknownAttributes, text};
-use crate::reference::{Ownership, Subject, VolumeSpec};
+use crate::reference::{Subject, VolumeSpec};
 use crate::secret::Token;
 use crate::volume::Pod;
 
@@ -50,7 +50,7 @@ pub struct Resolved {
 /// # Errors
 /// [`Refusal`]
 pub fn resolve(publish: Publish, classes: &dyn Classes, config: &AgentConfig) -> Result<Resolved, Refusal> {
-    let Publish { pod, attributes, group, mut tokens, .. } = publish;
+    let Publish { pod, attributes, mut tokens, .. } = publish;
     let (kind, name, mut warnings) = which(&attributes, config.unknown_attributes)?;
     let pod = context(&pod)?;
     let mut class = find(classes, kind, &pod.namespace, &name)?;
@@ -64,8 +64,7 @@ pub fn resolve(publish: Publish, classes: &dyn Classes, config: &AgentConfig) ->
     let subject =
         Subject::ServiceAccount { namespace: pod.namespace.clone(), name: pod.service_account.clone(), uid };
     let spec = class.into_spec(&Settings::default(), &config.under, subject);
-    let mut spec = spec.map_err(|faults| Refusal::new(Code::FailedPrecondition, faults.to_string()))?;
-    spec.ownership = spec.ownership.or(Ownership { gid: group, ..Ownership::default() });
+    let spec = spec.map_err(|faults| Refusal::new(Code::FailedPrecondition, faults.to_string()))?;
     Ok(Resolved { spec, pod, token, warnings })
 }
 

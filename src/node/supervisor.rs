@@ -346,11 +346,7 @@ async fn introduce(attached: &mut Attached, pidfd: &OwnedFd, known_to: &mut u64)
 }
 
 /// Tells every shim that comes.
-async fn keep_introduced(
-    attached: &mut Attached,
-    pidfd: &OwnedFd,
-    known_to: &mut u64,
-) -> Infallible {
+async fn keep_introduced(attached: &mut Attached, pidfd: &OwnedFd, known_to: &mut u64) -> Infallible {
     loop {
         introduce(attached, pidfd, known_to).await;
     }

@@ -1,6 +1,7 @@
 //! The agent, as the protocol asks it.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -28,8 +29,13 @@ impl Volumes for Arc<Agent> {
         Agent::end(self, id).await;
     }
 
-    async fn renew(&self, id: &VolumeId, token: Token) {
-        Agent::renew(self, id, token).await;
+    async fn renew(&self, id: &VolumeId, token: Token) -> bool {
+        Agent::renew(self, id, token).await
+    }
+
+    fn blank(&self, id: &VolumeId) -> Option<OwnedFd> {
+        let served = self.find(id).filter(|served| served.volume().is_blank())?;
+        served.fuse().inspect_err(|error| tracing::error!(volume = id.0, %error, "no descriptor left")).ok()
     }
 
     fn estates(&self) -> Vec<Estate> {
@@ -41,18 +47,17 @@ impl Volumes for Arc<Agent> {
     }
 
     fn audience(&self, id: &VolumeId) -> Option<Option<String>> {
-        let served = Agent::served(self).into_iter().find(|served| served.volume().id() == id)?;
+        let served = self.find(id)?;
         Some(served.volume().spec().identity.auth.audience.clone())
     }
 
     fn size(&self, id: &VolumeId) -> Option<(u64, u64)> {
-        let served = Agent::served(self).into_iter().find(|served| served.volume().id() == id)?;
-        let current = served.volume().generations().current()?;
+        let current = self.find(id)?.volume().generations().current()?;
         let files = current.snapshot.files();
         Some((files.iter().filter_map(FileRecord::size).sum::<usize>() as u64, files.len() as u64))
     }
 
-    fn alive(&self) -> bool {
-        Agent::alive(self)
+    async fn alive(&self) -> bool {
+        Agent::alive(self).await
     }
 }

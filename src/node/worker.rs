@@ -50,18 +50,20 @@ pub trait Volumes: Send + Sync + 'static {
     fn drain(&self, id: &VolumeId) -> impl Future<Output = io::Result<()>> + Send;
     /// Wipes a volume that is gone. One that is not served is gone.
     fn end(&self, id: &VolumeId) -> impl Future<Output = ()> + Send;
-    /// Gives a volume a newer token. Asks nobody.
-    fn renew(&self, id: &VolumeId, token: Token) -> impl Future<Output = ()> + Send;
+    /// Gives a volume a newer token. Asks nobody. Whether it is served.
+    fn renew(&self, id: &VolumeId, token: Token) -> impl Future<Output = bool> + Send;
     /// What is served, with everything that the shim keeps of it.
     fn estates(&self) -> Vec<Estate>;
     /// The names of what is served.
     fn served(&self) -> Vec<VolumeId>;
+    /// The descriptor of a volume that was adopted without anything that tells what it is: it is lent anew.
+    fn blank(&self, id: &VolumeId) -> Option<OwnedFd>;
     /// The audience whose token a volume takes; `None`: no such volume is served.
     fn audience(&self, id: &VolumeId) -> Option<Option<String>>;
     /// Bytes of all values, and number of files; `None`: no such volume is served.
     fn size(&self, id: &VolumeId) -> Option<(u64, u64)>;
     /// Whether the threads and tasks that matter move.
-    fn alive(&self) -> bool;
+    fn alive(&self) -> impl Future<Output = bool> + Send;
 }
 
 /// Where the connection stands.
@@ -264,7 +266,8 @@ impl<V: Volumes> Worker<V> {
 
     async fn publish(&self, publish: Publish, descriptors: Vec<OwnedFd>) -> Result<Vec<String>, Refusal> {
         let id = VolumeId(publish.volume.clone());
-        let Some(fuse) = descriptors.into_iter().next() else { return self.renew(&id, publish).await };
+        let given = descriptors.into_iter().next().or_else(|| self.volumes.blank(&id));
+        let Some(fuse) = given else { return self.renew(&id, publish).await };
         let (target, group) = (publish.target.clone(), publish.group);
         let metrics = &self.attachment.metrics;
         metrics.node_publishes.increment();
@@ -309,12 +312,10 @@ impl<V: Volumes> Worker<V> {
 
     /// A volume that is served gets its newer token; nobody is asked.
     async fn renew(&self, id: &VolumeId, mut publish: Publish) -> Result<Vec<String>, Refusal> {
-        let Some(audience) = self.volumes.audience(id) else {
-            return Err(Refusal::new(Code::NotFound, "this agent does not serve the volume"));
-        };
+        let unknown = || Refusal::new(Code::NotFound, "this agent does not serve the volume");
+        let audience = self.volumes.audience(id).ok_or_else(unknown)?;
         let (_, token) = pick(&mut publish.tokens, audience.as_deref())?;
-        self.volumes.renew(id, token).await;
-        Ok(Vec::new())
+        if self.volumes.renew(id, token).await { Ok(Vec::new()) } else { Err(unknown()) }
     }
 
     async fn adopt(
@@ -359,7 +360,7 @@ impl<V: Volumes> Worker<V> {
     async fn stats(&self, mut stats: Stats) -> Message {
         if stats.volume.is_empty() {
             // No answer is what the shim takes for hung.
-            while !self.volumes.alive() {
+            while !self.volumes.alive().await {
                 tokio::time::sleep(UNWELL).await;
             }
             stats.counters.insert("volumes".to_owned(), self.volumes.served().len() as u64);

@@ -359,7 +359,8 @@ mod tests {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for _ in 0..200 {
-                        let held: Vec<_> = (0..3).filter_map(|_| memory.allocate(page, Sharing::Own).ok()).collect();
+                        let held: Vec<_> =
+                            (0..3).filter_map(|_| memory.allocate(page, Sharing::Own).ok()).collect();
                         assert!(memory.used() <= 8 * page);
                         assert!(memory.used() >= held.len() * page);
                     }

@@ -115,7 +115,9 @@ impl Mapping {
             };
             let error = io::Error::last_os_error();
             // Another word than zero is EAGAIN, and zero a wait that is over at once.
-            if result < 0 && !matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::ETIMEDOUT | libc::EINTR)) {
+            if result < 0
+                && !matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::ETIMEDOUT | libc::EINTR))
+            {
                 *self.wipe.get_mut() = false;
                 return Err(error);
             }

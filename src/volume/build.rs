@@ -146,7 +146,8 @@ pub(super) fn cut(
         let value = match source {
             Source::Answer(value) => value,
             Source::Carried => {
-                files.push(current.map_or_else(NewFile::default, |current| carried(&current.snapshot, index)));
+                files
+                    .push(current.map_or_else(NewFile::default, |current| carried(&current.snapshot, index)));
                 continue;
             }
             Source::Over => {

@@ -94,9 +94,8 @@ impl Generations {
         for snapshot in snapshots {
             let (number, before) = (snapshot.generation(), kept.last());
             let since = |file| {
-                let same = before.filter(|before: &&Arc<Generation>| {
-                    before.snapshot.value(file) == snapshot.value(file)
-                });
+                let same = before
+                    .filter(|before: &&Arc<Generation>| before.snapshot.value(file) == snapshot.value(file));
                 same.map_or(number, |before| before.since(file))
             };
             let since = (0..snapshot.files().len()).map(since).collect();

@@ -282,7 +282,8 @@ impl Volume {
 
     async fn hand_over(&self, lent: &Lent, part: Part, file: Option<BorrowedFd<'_>>) {
         let gone = self.generations.take_gone();
-        let file = file.ok_or_else(|| io::ErrorKind::NotFound.into()).and_then(|file| file.try_clone_to_owned());
+        let file =
+            file.ok_or_else(|| io::ErrorKind::NotFound.into()).and_then(|file| file.try_clone_to_owned());
         let outcome = match file {
             Ok(file) => {
                 let deposit = lent.lending.keeper.deposit(&self.id, part, file, gone.clone());

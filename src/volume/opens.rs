@@ -90,9 +90,8 @@ impl Opens {
     pub fn place(&self, number: u32) -> usize {
         let slots = self.slots();
         let find = |wanted| slots.iter().position(|slot| split(slot.load(Ordering::Acquire)).0 == wanted);
-        let place = find(number).or_else(|| {
-            find(0).inspect(|&free| slots[free].store(join(number, 0), Ordering::Release))
-        });
+        let place = find(number)
+            .or_else(|| find(0).inspect(|&free| slots[free].store(join(number, 0), Ordering::Release)));
         // Never none: fewer are kept than there are places.
         place.unwrap_or(usize::MAX)
     }

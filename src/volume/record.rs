@@ -122,7 +122,8 @@ impl Record {
             return Err(RecordError::Version(version));
         }
         let length = header.last_chunk().map_or(0, |length| u64::from_le_bytes(*length));
-        let text = usize::try_from(length).ok().and_then(|length| rest.get(..length)).ok_or(Broken("its length"))?;
+        let text =
+            usize::try_from(length).ok().and_then(|length| rest.get(..length)).ok_or(Broken("its length"))?;
         if crc32fast::hash(text) != u32::from_le_bytes([c0, c1, c2, c3]) {
             return Err(Broken("wrong checksum"));
         }
@@ -172,7 +173,12 @@ mod tests {
     fn spec() -> VolumeSpec {
         let file = |path: &str, method, key: Option<&str>| FileSpec {
             path: FilePath::parse(path).unwrap(),
-            request: Request { method, path: "secret/data/app".into(), query: Some("version=3".into()), args: None },
+            request: Request {
+                method,
+                path: "secret/data/app".into(),
+                query: Some("version=3".into()),
+                args: None,
+            },
             key: key.map(str::to_owned),
             encoding: Encoding::Base64,
             ownership: Ownership { uid: Some(999), gid: None, mode: Some(0o400) },

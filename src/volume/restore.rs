@@ -107,7 +107,9 @@ impl Volume {
             });
             match read {
                 Ok(snapshot) => snapshots.push(snapshot),
-                Err(error) => tracing::warn!(volume = %id.0, generation = number, error, "a generation is lost"),
+                Err(error) => {
+                    tracing::warn!(volume = %id.0, generation = number, error, "a generation is lost")
+                }
             }
         }
         let lending = Lending { keeper, target, group, init };
@@ -144,7 +146,8 @@ impl Volume {
         let Freshness { max_age, stale_grace, .. } = self.spec.freshness;
         let current = self.generations.current();
         let record = current.as_ref().and_then(|current| current.snapshot.files().get(file));
-        let leased_until = record.filter(|record| record.lease_id.is_some()).and_then(|record| record.expires);
+        let leased_until =
+            record.filter(|record| record.lease_id.is_some()).and_then(|record| record.expires);
         let since = |time| now.wall.duration_since(time).unwrap_or_default();
         // A leased value may be as old as its lease.
         let late = leased_until.map_or_else(|| since(refreshed).saturating_sub(max_age), since);

@@ -330,7 +330,8 @@ mod tests {
     fn a_lent_snapshot_is_read_from_its_file() {
         let memory = SecretMemory::new().unwrap();
         let value = SecretBytes::new(b"alpha".to_vec());
-        let lent = Snapshot::write(&memory, Sharing::Lent, 9, moment(5), &[image("a", Some(&value))]).unwrap();
+        let lent =
+            Snapshot::write(&memory, Sharing::Lent, 9, moment(5), &[image("a", Some(&value))]).unwrap();
         let file = lent.pages().file().unwrap().try_clone_to_owned().unwrap();
         drop(lent);
         let successor = Snapshot::open(memory.adopt(file).unwrap()).unwrap();

@@ -1,6 +1,5 @@
 //! Sessions on a socket that plays the kernel.
 
-
 use super::*;
 use crate::cache::{Cache, Limits};
 use crate::metrics::Metrics;

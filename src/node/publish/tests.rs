@@ -82,8 +82,7 @@ const DATABASE: (&str, &str) = (STORE_IMPORT, "database");
 
 #[test]
 fn attributes_pod_and_token_become_a_spec_with_its_identity() {
-    let publish = Publish { group: Some(2000), ..publish(&[DATABASE]) };
-    let resolved = resolve(publish, &classes(), &config("authMount: k8s")).unwrap();
+    let resolved = resolve(publish(&[DATABASE]), &classes(), &config("authMount: k8s")).unwrap();
     let identity = &resolved.spec.identity;
     let subject =
         Subject::ServiceAccount { namespace: "app".into(), name: "web".into(), uid: "uid-1".into() };
@@ -91,8 +90,6 @@ fn attributes_pod_and_token_become_a_spec_with_its_identity() {
     assert_eq!((identity.auth.mount.as_str(), identity.auth.role.as_str()), ("k8s", "web"));
     assert_eq!(identity.auth.audience.as_deref(), Some("vault"));
     assert_eq!(identity.connection.addresses[0].to_string(), "http://vault:8200");
-    assert_eq!(resolved.spec.ownership.gid, Some(2000));
-    assert_eq!(crate::fs::attr::mode(resolved.spec.ownership), 0o440);
     assert_eq!((resolved.pod.name.as_str(), resolved.pod.service_account.as_str()), ("web-0", "web"));
     assert_eq!(resolved.token.expose(), token("app", "web"));
     assert!(resolved.warnings.is_empty());

@@ -77,8 +77,13 @@ impl Volumes for Scripted {
         self.served.lock().unwrap().retain(|served| *served != id.0);
     }
 
-    async fn renew(&self, id: &VolumeId, token: Token) {
+    async fn renew(&self, id: &VolumeId, token: Token) -> bool {
         self.note(format!("renew {} {}", id.0, token.expose()));
+        true
+    }
+
+    fn blank(&self, id: &VolumeId) -> Option<OwnedFd> {
+        (id.0 == "blank").then(file)
     }
 
     fn estates(&self) -> Vec<Estate> {
@@ -107,7 +112,7 @@ impl Volumes for Scripted {
         self.serves(id).then_some((100, 3))
     }
 
-    fn alive(&self) -> bool {
+    async fn alive(&self) -> bool {
         !self.unwell.load(Ordering::Relaxed)
     }
 }
@@ -238,10 +243,12 @@ async fn a_publish_is_lent_a_republish_only_renews_and_an_unpublish_ends() {
     let stats = shim.ask(Message::Stats(Stats { volume: named("v"), ..Stats::default() }), Vec::new()).await;
     let Message::Stats(stats) = stats else { panic!("no stats") };
     assert_eq!((stats.counters["bytes"], stats.counters["files"]), (100, 3));
+    shim.done(publish("blank", "db"), Vec::new()).await;
+    assert!(world.volumes.log()[0].starts_with("lend blank "), "it is told anew what it is");
     shim.done(Message::Unpublish(Unpublish { volume: named("v") }), Vec::new()).await;
     assert_eq!(world.volumes.log(), ["end v"]);
     assert_eq!(shim.refused(publish("v", "db"), Vec::new()).await.code, 5);
-    assert_eq!((world.metrics.node_publishes.value(), world.metrics.node_attached.value()), (1, 1));
+    assert_eq!((world.metrics.node_publishes.value(), world.metrics.node_attached.value()), (2, 1));
 }
 
 #[tokio::test]

@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::*;
 use crate::secret::pages::SecretMemory;
 use crate::store::scripted::{Scenario, token};
-use crate::volume::tests::{Bench, content, now, pass};
 use crate::volume::record::Init;
+use crate::volume::tests::{Bench, content, now, pass};
 
 /// Keeps what it is given, unless it refuses.
 #[derive(Default)]
@@ -119,7 +119,10 @@ async fn a_restored_volume_is_served_with_the_store_down_fresh_by_the_recorded_t
     assert_eq!((content(&volume, 0).unwrap(), volume.standing(0, now())), ("one".into(), Standing::Fresh));
     assert_eq!(volume.standing(0, at(61)), Standing::LastKnown, "nobody waits for the store");
     pass(300).await;
-    assert_eq!((content(&volume, 0).unwrap(), volume.standing(0, at(300))), ("one".into(), Standing::LastKnown));
+    assert_eq!(
+        (content(&volume, 0).unwrap(), volume.standing(0, at(300))),
+        ("one".into(), Standing::LastKnown)
+    );
     assert!(volume.report().refreshed.is_some(), "the predecessor's time is told");
 }
 
@@ -147,7 +150,11 @@ async fn the_grace_of_a_restored_value_counts_from_the_recorded_time() {
     assert_eq!(volume.standing(0, at(80)), Standing::LastKnown);
     assert_eq!(volume.standing(0, at(100)), Standing::Gone);
     volume.sweep(at(100)).await;
-    assert_eq!((content(&volume, 0), volume.generations().numbers()), (None, vec![2]), "and none is left of it");
+    assert_eq!(
+        (content(&volume, 0), volume.generations().numbers()),
+        (None, vec![2]),
+        "and none is left of it"
+    );
     bench.store.play(Scenario::Healthy);
     bench.store.rotate("app", "one");
     pass(130).await;
