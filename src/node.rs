@@ -127,13 +127,13 @@ fn program() -> String {
     format!("fuse-secrets {}", env!("CARGO_PKG_VERSION"))
 }
 
-/// The error behind an answer that is no `Done`.
-fn undone(answer: Result<Message, AskError>) -> Result<(), (Option<u32>, String)> {
+/// What is wrong with an answer that is no `Done`.
+fn undone(answer: Result<Message, AskError>) -> Result<(), String> {
     match answer {
         Ok(Message::Done(_)) => Ok(()),
-        Ok(Message::Refused(refused)) => Err((Some(refused.code), refused.text)),
-        Ok(Message::Unsupported(_)) => Err((None, "the shim is too old for this; update it".to_owned())),
-        Ok(_) => Err((None, "the shim answered something else".to_owned())),
-        Err(error) => Err((None, error.to_string())),
+        Ok(Message::Refused(refused)) => Err(refused.text),
+        Ok(Message::Unsupported(_)) => Err("the shim is too old for this; update it".to_owned()),
+        Ok(_) => Err("the shim answered something else".to_owned()),
+        Err(error) => Err(error.to_string()),
     }
 }

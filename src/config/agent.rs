@@ -16,7 +16,7 @@ use crate::reference::AuthMethod;
 /// Where the shim listens.
 pub const NODE_SOCKET: &str = "/run/fuse-secrets/node/shim.sock";
 /// Every address of the node; the number is nobody's at IANA.
-const HEALTH_ADDRESS: &str = "[::]:9809";
+const HEALTH_ADDRESS: &str = "[::]:9810";
 /// A first answer takes milliseconds; kubelet gives up after two minutes and asks again.
 const PUBLISH_DEADLINE: Duration = Duration::from_secs(20);
 /// Shorter would refuse at each hiccup of a store.
@@ -47,7 +47,7 @@ pub struct AgentConfig {
     pub node_socket: PathBuf,
     /// Directory of classes.
     pub classes: PathBuf,
-    /// Where health and metrics are told; `None`: nowhere. Default `[::]:9809`.
+    /// Where health and metrics are told; `None`: nowhere. Default `[::]:9810`.
     pub health_address: Option<SocketAddr>,
     /// How long a volume's first answers may take, all together. 1 s to 5 min, default 20 s.
     pub publish_deadline: Duration,
@@ -155,7 +155,7 @@ fn health_address(text: &str) -> Result<Option<SocketAddr>, Broken> {
         return Ok(None);
     }
     text.parse().map(Some).map_err(|_| {
-        broken("is not an address with a port", "write it like [::]:9809 or 127.0.0.1:9809, or write none")
+        broken("is not an address with a port", "write it like [::]:9810 or 127.0.0.1:9810, or write none")
     })
 }
 

@@ -115,10 +115,10 @@ impl Supervisor {
 
     /// Starts workers, until one ends with a code that a restart does not change.
     async fn keep_working(&mut self, attached: &mut Attached, slot: &mut Option<Process>) -> u8 {
-        let mut backoff = Backoff::default();
+        let (mut backoff, mut former) = (Backoff::default(), String::new());
         loop {
             let started = Instant::now();
-            let ended = self.work(attached, slot).await;
+            let ended = self.work(attached, slot, &former).await;
             *slot = None;
             let pause = backoff.after(started.elapsed());
             match ended {
@@ -127,7 +127,8 @@ impl Supervisor {
                     if let Some(code) = code.filter(|code| self.hopeless.contains(code)) {
                         return code;
                     }
-                    tracing::error!(how = how_it_ended(status), ?pause, "the worker ended; starts another");
+                    former = how_it_ended(status);
+                    tracing::error!(how = former, ?pause, "the worker ended; starts another");
                 }
                 Err(error) => tracing::error!(%error, ?pause, "no worker could be started; tries again"),
             }
@@ -136,16 +137,21 @@ impl Supervisor {
     }
 
     /// One worker, from its start to its end.
-    async fn work(&mut self, attached: &mut Attached, slot: &mut Option<Process>) -> io::Result<ExitStatus> {
+    async fn work(
+        &mut self,
+        attached: &mut Attached,
+        slot: &mut Option<Process>,
+        former: &str,
+    ) -> io::Result<ExitStatus> {
         let health = self.health.as_ref();
         let starting = async {
             // It inherits the limit of locked memory, which the shim has raised when it answered us.
             in_force(attached, |_| true).await;
-            let process = slot.insert(Process::start(&mut self.command)?);
+            let process = slot.insert(Process::start(&mut self.command, former)?);
             tracing::info!(pid = process.child.id(), "worker started");
             tokio::select! {
                 ended = ended(&mut process.child, &mut process.ends) => return ended.map(Start::Ended),
-                () = introduce(attached, &process.pidfd, &mut process.known_to) => {
+                () = introduce(attached, &process.pidfd, &process.former, &mut process.known_to) => {
                     process.go(health.map(AsFd::as_fd))?;
                 }
             }
@@ -161,7 +167,7 @@ impl Supervisor {
         };
         tokio::select! {
             ended = ended(&mut process.child, &mut process.ends) => ended,
-            never = keep_introduced(attached, &process.pidfd, &mut process.known_to) => match never {},
+            never = keep_introduced(attached, &process.pidfd, &process.former, &mut process.known_to) => match never {},
         }
     }
 }
@@ -180,6 +186,8 @@ struct Process {
     pidfd: OwnedFd,
     /// Hears when a child of this process has ended.
     ends: Heard,
+    /// How the one before it ended, which only its parent learns: for the shim to tell. Empty: there was none.
+    former: String,
     /// The other end of its standard input, until it was told to go.
     input: Option<OwnedFd>,
     /// Number of the connection on which the shim was told of it.
@@ -187,7 +195,7 @@ struct Process {
 }
 
 impl Process {
-    fn start(command: &mut Command) -> io::Result<Self> {
+    fn start(command: &mut Command, former: &str) -> io::Result<Self> {
         let flags = SocketFlags::CLOEXEC;
         let (ours, its) = socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
         // Heard from before there is a child.
@@ -196,7 +204,10 @@ impl Process {
         // The command keeps a copy of the other end, with which the worker would not notice that we are gone.
         command.stdin(Stdio::null());
         match pidfd_open(Pid::from_child(&child), PidfdFlags::empty()) {
-            Ok(pidfd) => Ok(Self { child, pidfd, ends, input: Some(ours), known_to: 0 }),
+            Ok(pidfd) => {
+                let former = former.to_owned();
+                Ok(Self { child, pidfd, ends, former, input: Some(ours), known_to: 0 })
+            }
             Err(error) => {
                 child.kill()?;
                 child.wait()?;
@@ -227,7 +238,7 @@ impl Process {
         let _ = pidfd_send_signal(&self.pidfd, Signal::TERM);
         let told = tokio::select! {
             ended = ended(&mut self.child, &mut self.ends) => ended.map(|_| Ended::Told),
-            never = keep_introduced(attached, &self.pidfd, &mut self.known_to) => match never {},
+            never = keep_introduced(attached, &self.pidfd, &self.former, &mut self.known_to) => match never {},
             () = tokio::time::sleep(LEAVING) => {
                 tracing::error!("the worker does not leave; ends it");
                 self.child.kill().map(|()| Ended::Stuck)
@@ -319,20 +330,20 @@ async fn in_force(attached: &mut Attached, will_do: impl Fn(u64) -> bool) -> (u6
 }
 
 /// Returns when the shim was told of a worker on a connection on which it was not told before.
-async fn introduce(attached: &mut Attached, pidfd: &OwnedFd, known_to: &mut u64) {
+async fn introduce(attached: &mut Attached, pidfd: &OwnedFd, former: &str, known_to: &mut u64) {
     let mut told = String::new();
     loop {
         let (number, link) = in_force(attached, |number| number != *known_to).await;
         let why = match pidfd.try_clone() {
             Ok(pidfd) => {
-                let message = Message::Worker(Worker::default());
+                let message = Message::Worker(Worker { ended: former.to_owned() });
                 let answer = link.ask(&message, vec![pidfd], Instant::now() + PATIENCE).await;
                 match undone(answer) {
                     Ok(()) => {
                         *known_to = number;
                         return;
                     }
-                    Err((_, why)) => why,
+                    Err(why) => why,
                 }
             }
             Err(error) => error.to_string(),
@@ -346,9 +357,14 @@ async fn introduce(attached: &mut Attached, pidfd: &OwnedFd, known_to: &mut u64)
 }
 
 /// Tells every shim that comes.
-async fn keep_introduced(attached: &mut Attached, pidfd: &OwnedFd, known_to: &mut u64) -> Infallible {
+async fn keep_introduced(
+    attached: &mut Attached,
+    pidfd: &OwnedFd,
+    former: &str,
+    known_to: &mut u64,
+) -> Infallible {
     loop {
-        introduce(attached, pidfd, known_to).await;
+        introduce(attached, pidfd, former, known_to).await;
     }
 }
 
@@ -390,7 +406,8 @@ mod tests {
             let _inside = runtime.enter();
             let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).unwrap();
             let ends = signal(SignalKind::child()).unwrap();
-            let mut process = Process { child, pidfd, ends, input: Some(ours), known_to: 0 };
+            let mut process =
+                Process { child, pidfd, ends, former: String::new(), input: Some(ours), known_to: 0 };
             process.go(listener.map(AsFd::as_fd)).unwrap();
             let came = wait_for_go(its.as_fd()).unwrap();
             let expected = listener.map(|_| address);

@@ -111,7 +111,7 @@ impl Attachment {
         let link = self.state.borrow().link().cloned();
         let Some(link) = link else { return Err(io::ErrorKind::NotConnected.into()) };
         let answer = link.ask(&message, vec![file], Instant::now() + PATIENCE).await;
-        undone(answer).map_err(|(_, text)| io::Error::other(text))
+        undone(answer).map_err(io::Error::other)
     }
 }
 
@@ -217,31 +217,29 @@ impl<V: Volumes> Worker<V> {
     }
 
     /// Gives a shim that restarted what it had.
-    async fn offer(self: &Arc<Self>, link: &Link) {
+    async fn offer(&self, link: &Link) {
         let mut offers = JoinSet::new();
         for estate in self.volumes.estates() {
             if offers.len() >= OFFERS {
                 offers.join_next().await;
             }
-            let (worker, link) = (Arc::clone(self), link.clone());
-            offers.spawn(async move { worker.offer_one(&link, estate).await });
+            let link = link.clone();
+            offers.spawn(async move { Self::offer_one(&link, estate).await });
         }
         offers.join_all().await;
     }
 
-    async fn offer_one(&self, link: &Link, estate: Estate) {
+    async fn offer_one(link: &Link, estate: Estate) {
         let id = estate.id;
         let (parts, files): (Vec<_>, Vec<_>) = estate.parts.into_iter().unzip();
         let descriptors = std::iter::once(estate.fuse).chain(files).collect();
         let adopt =
             Adopt { volume: id.0.clone(), target: estate.target, pod: estate.pod, parts, attempts: 0 };
-        match undone(link.ask(&Message::Adopt(adopt), descriptors, Instant::now() + PATIENCE).await) {
-            Ok(()) => {}
-            Err((Some(code), why)) if code == Code::NotFound as u32 => {
-                tracing::info!(volume = id.0, why, "the shim has no mount for it: given up");
-                self.volumes.end(&id).await;
-            }
-            Err((_, why)) => tracing::warn!(volume = id.0, why, "the shim does not keep it"),
+        // One that it does not keep is served on: without its mount it ends by itself.
+        if let Err(why) =
+            undone(link.ask(&Message::Adopt(adopt), descriptors, Instant::now() + PATIENCE).await)
+        {
+            tracing::warn!(volume = id.0, why, "the shim does not keep it");
         }
     }
 

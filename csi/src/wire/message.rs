@@ -166,7 +166,8 @@ pub struct VolumeStatus {
     pub target: String,
     /// `namespace/name` of the pod.
     pub pod: String,
-    /// `serving`, `handing_over`, `waiting` (for an agent), `failing` (readers get EIO), `dead`.
+    /// `publishing`, `serving`, `handing_over`, `waiting` (for an agent), `failing` (readers get EIO), `unclaimed` (the agent that
+    /// served it has not given it back to a restarted shim), `dead`.
     pub state: String,
     /// Which agent serves it, counted from 1 since the shim started; 0: none.
     pub agent: u64,
@@ -188,7 +189,7 @@ pub struct AgentStatus {
     pub pid: u32,
     /// Its program and version.
     pub program: String,
-    /// `serving`, `standby`, or how it ended: `killed by signal 9`, `exited with 0`, `hung and was killed`.
+    /// `serving`, `standby`, `leaving`, or how it ended: `killed by signal 9`, `exited with 0`, `hung and was killed`, `ended`.
     pub state: String,
     /// When it attached, RFC 3339.
     pub since: String,
@@ -291,7 +292,10 @@ messages! {
         text: String,
     }
     /// The process whose pidfd comes along is my worker.
-    11 Worker {}
+    11 Worker {
+        /// How the one before it ended (`killed by signal 9`, `exited with 0`), as only its parent learns; empty: there was none.
+        ended: String,
+    }
     /// What is kept, and who serves it.
     12 Volumes {
         /// The volumes.

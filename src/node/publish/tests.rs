@@ -257,3 +257,28 @@ fn no_refusal_repeats_a_token_or_an_attributes_value() {
         assert!(!refusal.text.contains(CANARY), "{refusal}");
     }
 }
+
+/// docs/errors.md has each text as it is.
+#[test]
+fn the_errors_document_has_the_texts_of_a_refused_publish() {
+    let document = include_str!("../../../docs/errors.md");
+    let with = |attributes: &[(&str, &str)]| refused(publish(attributes));
+    let sent = |class, audiences: &[&str]| {
+        refused(Publish { tokens: tokens(audiences), ..publish(&[(STORE_IMPORT, class)]) })
+    };
+    let mut elsewhere = publish(&[DATABASE]);
+    elsewhere.pod.insert("csi.storage.k8s.io/pod.namespace".to_owned(), "other".to_owned());
+    for refusal in [
+        with(&[]),
+        with(&[(PROVIDER_CLASS, "legacy"), DATABASE]),
+        with(&[("secretProvderClass", "legacy")]),
+        with(&[(STORE_IMPORT, "databse")]),
+        with(&[(PROVIDER_CLASS, "database")]),
+        refused(elsewhere),
+        sent("audible", &["vault", "other"]),
+        sent("database", &["a", "b"]),
+        refused(Publish { pod: BTreeMap::new(), ..publish(&[DATABASE]) }),
+    ] {
+        assert!(document.contains(&format!("``{refusal}``")), "docs/errors.md lacks\n{refusal}");
+    }
+}

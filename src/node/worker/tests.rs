@@ -285,11 +285,11 @@ async fn what_is_adopted_gets_its_descriptors_in_their_order() {
 }
 
 #[tokio::test]
-async fn a_shim_that_restarted_is_offered_everything_and_what_it_has_no_mount_for_is_given_up() {
+async fn a_shim_that_restarted_is_offered_everything_and_what_it_refuses_is_served_on() {
     let world = World::new();
     let shim = world.accept(Handover::Clone).await;
     shim.done(publish("kept", "db"), vec![file()]).await;
-    shim.done(publish("lost", "db"), vec![file()]).await;
+    shim.done(publish("refused", "db"), vec![file()]).await;
     shim.link.close();
     drop(shim);
     world.volumes.log();
@@ -298,16 +298,16 @@ async fn a_shim_that_restarted_is_offered_everything_and_what_it_has_no_mount_fo
         let asked = shim.asked.recv().await.unwrap();
         let Message::Adopt(adopt) = &asked.message else { panic!("no adopt") };
         assert_eq!((asked.descriptors.len(), &adopt.parts[..]), (2, &[Part::Record][..]));
-        let lost = adopt.volume == "lost";
-        asked.answer(if lost {
-            Refusal::new(Code::NotFound, "no such mount").into()
+        let refused = adopt.volume == "refused";
+        asked.answer(if refused {
+            Refusal::new(Code::FailedPrecondition, "no such mount").into()
         } else {
             Message::Done(Done::default())
         });
     }
     world.settled().await;
-    assert_eq!(world.volumes.log(), ["end lost"]);
-    assert_eq!(world.volumes.served(), [VolumeId(named("kept"))]);
+    assert!(world.volumes.log().is_empty());
+    assert_eq!(world.volumes.served(), ["kept", "refused"].map(|id| VolumeId(named(id))));
 }
 
 #[tokio::test]
