@@ -9,6 +9,8 @@
 //! ```
 //! Documents come from people: nothing in them is trusted, and no fault repeats what a field holds.
 
+/// Classes in a directory of files.
+pub mod directory;
 /// Freshness and ownership, which neither resource has.
 pub(crate) mod extras;
 /// Walks a mapping and knows what nobody asked for.
@@ -79,6 +81,38 @@ pub struct Class {
     pub files: Vec<FileSpec>,
     /// What its author should know.
     pub warnings: Vec<Warning>,
+}
+
+/// Where the classes of a cluster or a node are found. Asked at each publish, from a thread that may block.
+pub trait Classes: Send + Sync + 'static {
+    /// A class as it is now; `None`: there is none of this kind and name in the namespace.
+    ///
+    /// # Errors
+    /// [`FindError`]
+    fn find(&self, kind: Kind, namespace: &str, name: &str) -> Result<Option<Class>, FindError>;
+
+    /// All classes of a namespace that are good, sorted by name: what is told when one is not found.
+    ///
+    /// # Errors
+    /// [`FindError::Unreadable`]
+    fn names(&self, namespace: &str) -> Result<Vec<(Kind, String)>, FindError>;
+}
+
+/// Why a class cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum FindError {
+    /// It is there, and this is wrong with it.
+    #[error(transparent)]
+    Faults(#[from] Faults),
+    /// Where it may be, nothing can be read.
+    #[error("cannot read the classes in {place}: {error}")]
+    Unreadable {
+        /// Where.
+        place: String,
+        /// Why.
+        #[source]
+        error: std::io::Error,
+    },
 }
 
 /// Reads the class documents of one text (YAML or JSON; `kind: List` is unfolded).
@@ -252,7 +286,7 @@ fn unfold(document: &Value) -> Vec<&Value> {
 }
 
 /// Name of a Kubernetes object: a DNS subdomain.
-fn object_name(text: &str) -> Result<String, crate::config::fault::Broken> {
+pub(crate) fn object_name(text: &str) -> Result<String, crate::config::fault::Broken> {
     let legal = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'.';
     let edge = |b: Option<&u8>| b.is_some_and(u8::is_ascii_alphanumeric);
     let bytes = text.as_bytes();

@@ -3,6 +3,8 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "printing is what a command line is for")]
 
+/// `agent`: serves the volumes of a node's pods.
+pub mod agent;
 /// `check`: reads class documents and says what they ask for, or everything that is wrong with them.
 pub mod check;
 /// `dev`: the whole read path on this machine, on an embedded store.
@@ -18,6 +20,8 @@ pub mod log;
 pub mod mount;
 /// `mounts`: what is mounted, by whichever agent.
 pub mod mounts;
+/// `abort`, and `mounts --from-shim`: what root asks the shim.
+pub mod observe;
 /// Panics: logged without their message, and a reason to unmount.
 pub mod panics;
 /// What `dev` and `mount` share: the directory, signals, serving until the end.
@@ -58,6 +62,8 @@ Examples:
   See what is mounted, and one mount file by file:
       fuse-secrets mounts
       fuse-secrets mounts /mnt/app
+  Serve the pods of this node, beside the shim fuse-secrets-csi:
+      fuse-secrets agent --classes /etc/fuse-secrets/classes
 
 Exit codes:
   0   done
@@ -79,8 +85,20 @@ pub enum Command {
     Dev(dev::Options),
     /// Serve one class of a real store at a directory, without Kubernetes
     Mount(Box<mount::Options>),
+    /// Serve the volumes of this node's pods, for the shim fuse-secrets-csi
+    Agent(Box<agent::Options>),
     /// List what is mounted: freshness, generations, opens, errors; never a value
     Mounts(mounts::Options),
+    /// End a volume that the shim keeps: its readers get an error, its mount goes
+    #[command(after_long_help = observe::HELP)]
+    Abort {
+        /// The volume's name, as `fuse-secrets mounts --from-shim` shows it
+        #[arg(value_name = "VOLUME")]
+        volume: String,
+        /// Whom to ask.
+        #[command(flatten)]
+        shim: observe::Shim,
+    },
     /// Check class documents, with every fault at once
     #[command(after_long_help = check::HELP)]
     Check {
@@ -111,13 +129,29 @@ pub enum Print {
 }
 
 impl Command {
+    /// Whether it needs more than one thread.
+    #[must_use]
+    pub fn needs_threads(&self) -> bool {
+        !matches!(self, Self::Agent(options) if !options.serves())
+    }
+
+    /// What must be done while there is one thread.
+    ///
+    /// # Errors
+    /// The code to exit with; what is wrong is told.
+    pub fn confine(&self) -> Result<(), ExitCode> {
+        if let Self::Agent(options) = self { options.confine() } else { Ok(()) }
+    }
+
     /// Runs the command to its end.
     pub async fn run(self, panicked: panics::Panicked) -> ExitCode {
         match self {
             #[cfg(feature = "dev")]
             Self::Dev(options) => dev::run(options, panicked).await,
             Self::Mount(options) => mount::run(*options, panicked).await,
+            Self::Agent(options) => agent::run(*options, panicked).await,
             Self::Mounts(options) => mounts::run(options).await,
+            Self::Abort { volume, shim } => observe::abort(&shim, volume).await,
             Self::Check { files, output } => {
                 let outcome = check::run(&files);
                 exit::printed(outcome.print(&mut std::io::stdout().lock(), output), outcome.exit_code())

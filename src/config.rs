@@ -1,14 +1,19 @@
 //! What an operator sets for a mount, typed. Flags win over the environment; both win over the volume's class; the class wins
 //! over the configuration file; the file wins over the defaults. So what is said *at* a mount decides, and what is written
-//! down for all mounts yields to what a class says of its own store.
+//! down for all mounts yields to what a class says of its own store. An agent has many volumes: whatever is said to it yields to
+//! their classes.
 //!
 //! ```text
-//!   flags ─▶ environment ─▶ class ─▶ file ─▶ default        the first that says something wins, field by field
-//!   └── Config::over ──┘             └ Config::under
+//!   mount   flags ─▶ environment ─▶ class ─▶ file ─▶ default       the first that says something wins, field by field
+//!           └── Config::over ──┘             └ Config::under
+//!   agent   class ─▶ flags ─▶ environment ─▶ file ─▶ default
+//!                    └────── AgentConfig::under ──┘
 //! ```
 //! Every fault of all sources is reported at once, by the source's own spelling of the setting and never with the value.
 //! No secret comes by flag or variable: credentials are named by file.
 
+/// What an agent is told.
+pub mod agent;
 /// Faults: document, field, rule, remedy.
 pub mod fault;
 /// The settings of one source, as text.
@@ -20,8 +25,9 @@ pub(crate) mod text;
 /// YAML with limits.
 pub(crate) mod yaml;
 
+pub use agent::{AgentConfig, UnknownAttributes};
 pub use fault::{Fault, Faults};
-pub use layer::Layer;
+pub use layer::{AgentFlags, Layer, MountFlags};
 pub use settings::Settings;
 
 use std::ffi::OsString;
@@ -29,7 +35,7 @@ use std::path::PathBuf;
 
 use crate::cache::Limits;
 use crate::config::fault::{Broken, Sink, broken, collect};
-use crate::config::layer::Source;
+use crate::config::layer::{Command, Source};
 use crate::config::settings::{INTERVAL, OPEN_DEADLINE};
 use crate::reference::{AuthMethod, ClientCertificate, Pem, Subject};
 use crate::store::Credential;
@@ -78,14 +84,7 @@ impl Config {
         variables: impl IntoIterator<Item = (OsString, OsString)>,
         file: Option<&str>,
     ) -> Result<Self, Faults> {
-        let sinks = [Source::Environment, Source::File].map(|source| Sink::new(source.document()));
-        let environment = Layer::read_environment(variables, &sinks[0]);
-        let file = file.map(|text| Layer::read_yaml(text, &sinks[1])).unwrap_or_default();
-        match (collect(sinks.map(|sink| sink.finish(Some(())))), Self::resolve(flags, environment, file)) {
-            (Ok(_), config) => config,
-            (Err(unknown), Ok(_)) => Err(unknown),
-            (Err(unknown), Err(wrong)) => Err(unknown.and(wrong)),
-        }
+        read(flags, variables, file, Self::resolve)
     }
 
     /// Folds the three sources.
@@ -93,8 +92,7 @@ impl Config {
     /// # Errors
     /// Every value that breaks its rule, in every source, and a login that is not whole.
     pub fn resolve(flags: Layer, environment: Layer, file: Layer) -> Result<Self, Faults> {
-        let sources = [(Source::Flags, flags), (Source::Environment, environment), (Source::File, file)];
-        let parsed = collect(sources.into_iter().map(|(source, layer)| Parsed::read(source, layer)))?;
+        let parsed = Parsed::read_all(Command::Mount, flags, environment, file)?;
         let sink = Sink::new("configuration");
         let config = Parsed::fold(parsed, &sink);
         sink.finish(config)
@@ -125,6 +123,23 @@ impl Config {
     }
 }
 
+/// Reads the sources that are not flags, and folds all three.
+fn read<C>(
+    flags: Layer,
+    variables: impl IntoIterator<Item = (OsString, OsString)>,
+    file: Option<&str>,
+    resolve: impl FnOnce(Layer, Layer, Layer) -> Result<C, Faults>,
+) -> Result<C, Faults> {
+    let sinks = [Source::Environment, Source::File].map(|source| Sink::new(source.document()));
+    let environment = Layer::read_environment(variables, &sinks[0]);
+    let file = file.map(|text| Layer::read_yaml(text, &sinks[1])).unwrap_or_default();
+    match (collect(sinks.map(|sink| sink.finish(Some(())))), resolve(flags, environment, file)) {
+        (Ok(_), config) => config,
+        (Err(unknown), Ok(_)) => Err(unknown),
+        (Err(unknown), Err(wrong)) => Err(unknown.and(wrong)),
+    }
+}
+
 /// One source, typed.
 #[derive(Default)]
 struct Parsed {
@@ -143,14 +158,35 @@ struct Parsed {
     in_flight: Option<usize>,
     memory_limit: Option<usize>,
     fuse_threads: Option<usize>,
+    agent: agent::Said,
 }
 
 impl Parsed {
-    fn read(source: Source, layer: Layer) -> Result<Self, Faults> {
+    /// The three sources, the one that wins first.
+    fn read_all(
+        command: Command,
+        flags: Layer,
+        environment: Layer,
+        file: Layer,
+    ) -> Result<Vec<Self>, Faults> {
+        let sources = [(Source::Flags, flags), (Source::Environment, environment), (Source::File, file)];
+        collect(sources.into_iter().map(|(source, layer)| Self::read(command, source, layer)))
+    }
+
+    fn read(command: Command, source: Source, mut layer: Layer) -> Result<Self, Faults> {
         let sink = Sink::new(source.document());
         let reader = Values { source, sink: &sink };
-        // A relative path in a file would mean something else in each working directory.
-        let path = if source == Source::File { text::absolute } else { text::any_path };
+        for name in layer.foreign(command) {
+            let (not, other) = match command {
+                Command::Mount => ("is no setting of a single mount", "remove it: only an agent has it"),
+                Command::Agent => {
+                    ("is no setting of an agent", "remove it: its volumes bring their own tokens")
+                }
+            };
+            reader.fault(name, not, other);
+        }
+        let path = reader.path();
+        let agent = agent::Said::read(&reader, &mut layer);
         let mut parsed = Self {
             role_id: reader.read("role_id", layer.role_id, text::word),
             token_file: reader.read("token_file", layer.token_file, path),
@@ -164,6 +200,7 @@ impl Parsed {
             memory_limit: reader
                 .read("memory_limit", layer.memory_limit, |t| text::size(t, 64 << 10..=64 << 30)),
             fuse_threads: reader.read("fuse_threads", layer.fuse_threads, |t| text::count(t, 1..=64)),
+            agent,
             ..Self::default()
         };
 
@@ -259,6 +296,7 @@ impl Parsed {
 
         let (mut over, mut under, mut rest) = (Settings::default(), Settings::default(), Self::default());
         for (index, mut layer) in layers.into_iter().enumerate() {
+            rest.take_limits(&layer);
             // What a wider source says of another way to log in does not mix with this one.
             if fits(layer.method) {
                 rest.role_id = rest.role_id.or(layer.role_id);
@@ -269,15 +307,11 @@ impl Parsed {
                 layer.settings.login = settings::LoginSettings::default();
             }
             rest.allow_other = rest.allow_other.or(layer.allow_other);
-            rest.cache_size = rest.cache_size.or(layer.cache_size);
-            rest.cache_entries = rest.cache_entries.or(layer.cache_entries);
-            rest.in_flight = rest.in_flight.or(layer.in_flight);
-            rest.memory_limit = rest.memory_limit.or(layer.memory_limit);
-            rest.fuse_threads = rest.fuse_threads.or(layer.fuse_threads);
             let side = if index < 2 { &mut over } else { &mut under };
             *side = std::mem::take(side).or(layer.settings);
         }
         over.login.method = Some(method);
+        let limits = rest.limits();
         let credential = match method {
             AuthMethod::Token => rest.token_file.map(CredentialFile::Token),
             AuthMethod::Kubernetes | AuthMethod::Jwt => rest.jwt_file.map(CredentialFile::Jwt),
@@ -293,20 +327,36 @@ impl Parsed {
             let remedy = if method == AuthMethod::Token { "give --token-file" } else { "give --jwt-file" };
             sink.add("login", broken("has no credential", remedy));
         }
-        let defaults = Limits::default();
         Some(Config {
             over,
             under,
             credential: credential?,
             allow_other: rest.allow_other.flatten(),
-            limits: Limits {
-                bytes: rest.cache_size.unwrap_or(defaults.bytes),
-                entries: rest.cache_entries.unwrap_or(defaults.entries),
-                in_flight: rest.in_flight.unwrap_or(defaults.in_flight),
-            },
+            limits,
             memory_limit: rest.memory_limit,
             fuse_threads: rest.fuse_threads.unwrap_or(FUSE_THREADS),
         })
+    }
+}
+
+impl Parsed {
+    /// Limits that are still open are those of a wider source.
+    fn take_limits(&mut self, wider: &Self) {
+        self.cache_size = self.cache_size.or(wider.cache_size);
+        self.cache_entries = self.cache_entries.or(wider.cache_entries);
+        self.in_flight = self.in_flight.or(wider.in_flight);
+        self.memory_limit = self.memory_limit.or(wider.memory_limit);
+        self.fuse_threads = self.fuse_threads.or(wider.fuse_threads);
+    }
+
+    /// The cache's bounds, with defaults.
+    fn limits(&self) -> Limits {
+        let defaults = Limits::default();
+        Limits {
+            bytes: self.cache_size.unwrap_or(defaults.bytes),
+            entries: self.cache_entries.unwrap_or(defaults.entries),
+            in_flight: self.in_flight.unwrap_or(defaults.in_flight),
+        }
     }
 }
 
@@ -324,6 +374,11 @@ impl Values<'_> {
         parse: impl Fn(&str) -> Result<T, Broken>,
     ) -> Option<T> {
         self.sink.take(&self.source.spell(name), parse(&text?))
+    }
+
+    /// A relative path in a file would mean something else in each working directory.
+    fn path(&self) -> fn(&str) -> Result<PathBuf, Broken> {
+        if self.source == Source::File { text::absolute } else { text::any_path }
     }
 
     fn fault(&self, name: &str, rule: &'static str, remedy: &'static str) {

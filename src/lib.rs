@@ -3,7 +3,7 @@
 //! Two ways run through this crate; the modules stand in the order in which data passes them.
 //!
 //! ```text
-//! publish   class document ─▶ class ─▶ reference ─▶ volume ─▶ cache ─▶ store ─▶ Vault API
+//! publish   kubelet ─▶ shim ─▶ node ─▶ class ─▶ reference ─▶ volume ─▶ cache ─▶ store ─▶ Vault API
 //! read      read(2) ─▶ kernel ─▶ fuse ─▶ fs ─▶ volume ◀─ cache ◀─ store ◀─ Vault API
 //! ```
 //!
@@ -34,6 +34,8 @@ pub mod fs;
 pub mod fuse;
 /// The composition root: the parts wired in the order of the way, and the volumes that are served.
 pub mod agent;
+/// Publish 2: the agent's side of the node protocol, and its two processes.
+pub mod node;
 /// The counters: name, unit, labels, help; nothing is counted elsewhere.
 pub mod metrics;
 /// The command line: thin commands that print tables.

@@ -27,15 +27,17 @@ fn main() -> ExitCode {
     for measure in harden() {
         log::measure(&measure);
     }
+    if let Err(code) = arguments.command.confine() {
+        return code;
+    }
     // One provider for every TLS connection of the process. It is the first call, so it cannot find another one installed.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
-    match tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .max_blocking_threads(16)
-        .thread_name("agent")
-        .enable_all()
-        .build()
-    {
+    let mut builder = if arguments.command.needs_threads() {
+        tokio::runtime::Builder::new_multi_thread()
+    } else {
+        tokio::runtime::Builder::new_current_thread()
+    };
+    match builder.worker_threads(2).max_blocking_threads(16).thread_name("agent").enable_all().build() {
         Ok(runtime) => {
             let code = runtime.block_on(arguments.command.run(panicked));
             // A thread that still waits for the kernel must not keep the process.

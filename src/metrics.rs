@@ -15,7 +15,7 @@ pub enum Kind {
 
 /// One number of the table.
 pub struct Metric {
-    /// Full name, with its unit.
+    /// Full name, with its unit, and its labels if it has any.
     pub name: &'static str,
     /// Counter or gauge.
     pub kind: Kind,
@@ -125,6 +125,32 @@ table! {
     memory_used: Gauge = "fuse_secrets_memory_used_bytes";
     /// Requests for secret memory that did not fit.
     memory_refused: Counter = "fuse_secrets_memory_refused_total";
+    /// Whether the shim is attached: 1 or 0.
+    node_attached: Gauge = "fuse_secrets_node_attached";
+    /// Volumes published, newer tokens apart.
+    node_publishes: Counter = "fuse_secrets_node_publishes_total";
+    /// Volumes taken over from an earlier agent.
+    node_adoptions: Counter = "fuse_secrets_node_adoptions_total";
+    /// Volumes let go of for another agent.
+    node_hand_overs: Counter = "fuse_secrets_node_hand_overs_total";
+    /// Parts of a volume that the shim did not take to keep.
+    node_deposits_failed: Counter = "fuse_secrets_node_deposits_failed_total";
+    /// Publishes refused, by gRPC code.
+    node_refused_invalid_argument: Counter = "fuse_secrets_node_refusals_total{code=\"invalid_argument\"}";
+    /// Publishes refused, by gRPC code.
+    node_refused_deadline_exceeded: Counter = "fuse_secrets_node_refusals_total{code=\"deadline_exceeded\"}";
+    /// Publishes refused, by gRPC code.
+    node_refused_not_found: Counter = "fuse_secrets_node_refusals_total{code=\"not_found\"}";
+    /// Publishes refused, by gRPC code.
+    node_refused_permission_denied: Counter = "fuse_secrets_node_refusals_total{code=\"permission_denied\"}";
+    /// Publishes refused, by gRPC code.
+    node_refused_resource_exhausted: Counter = "fuse_secrets_node_refusals_total{code=\"resource_exhausted\"}";
+    /// Publishes refused, by gRPC code.
+    node_refused_failed_precondition: Counter = "fuse_secrets_node_refusals_total{code=\"failed_precondition\"}";
+    /// Publishes refused, by gRPC code.
+    node_refused_internal: Counter = "fuse_secrets_node_refusals_total{code=\"internal\"}";
+    /// Publishes refused, by gRPC code.
+    node_refused_unavailable: Counter = "fuse_secrets_node_refusals_total{code=\"unavailable\"}";
 }
 
 impl Metrics {
@@ -132,10 +158,16 @@ impl Metrics {
     #[must_use]
     pub fn render(&self) -> String {
         let mut text = String::new();
+        let mut described = "";
         for row in self.rows() {
-            let kind = if row.kind == Kind::Counter { "counter" } else { "gauge" };
-            let _ =
-                writeln!(text, "# HELP {0} {1}\n# TYPE {0} {kind}\n{0} {2}", row.name, row.help, row.value());
+            // Rows of one name with different labels stand together, and are described once.
+            let name = row.name.split('{').next().unwrap_or_default();
+            if name != described {
+                let kind = if row.kind == Kind::Counter { "counter" } else { "gauge" };
+                let _ = writeln!(text, "# HELP {name} {}\n# TYPE {name} {kind}", row.help);
+                described = name;
+            }
+            let _ = writeln!(text, "{} {}", row.name, row.value());
         }
         text
     }

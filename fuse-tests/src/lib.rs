@@ -23,7 +23,6 @@ pub mod mounted;
 /// What this machine must have.
 pub mod needs;
 /// A node of real processes: store, shim, agents, kubelet's calls.
-#[cfg(feature = "node")]
 pub mod node;
 /// The real program as a child.
 pub mod product;

@@ -12,7 +12,7 @@ use super::panics::Panicked;
 use super::serving::{End, Signals, allow_other, prepare, until_the_end};
 use crate::agent::{Agent, Setup, admin};
 use crate::class::{self, Class};
-use crate::config::{Config, Faults, Layer};
+use crate::config::{Config, Faults, MountFlags};
 use crate::metrics::Metrics;
 use crate::reference::VolumeSpec;
 use crate::store::vault::Vault;
@@ -40,7 +40,7 @@ pub struct Options {
     #[arg(long)]
     foreground: bool,
     #[command(flatten)]
-    settings: Layer,
+    settings: MountFlags,
 }
 
 const EXAMPLES: &str = "\
@@ -151,7 +151,7 @@ fn before(options: &Options) -> Result<(Config, VolumeSpec), Vec<BeforeError>> {
     let file = options.config.as_deref().map(read).transpose();
     let config = file.and_then(|file| {
         let flags = options.settings.clone();
-        Config::read(flags, std::env::vars_os(), file.as_deref()).map_err(BeforeError::Settings)
+        Config::read(flags.into(), std::env::vars_os(), file.as_deref()).map_err(BeforeError::Settings)
     });
     let class = read(&options.class).and_then(|text| {
         let wrong = |faults| BeforeError::Class { path: options.class.clone(), faults };

@@ -8,6 +8,7 @@ use std::time::SystemTime;
 use clap::{Args, ValueEnum};
 
 use super::exit;
+use super::observe::{self, Shim};
 use super::serving::locate;
 use super::text::{harmless, wrap};
 use crate::agent::admin::{Question, Reply, ask_all};
@@ -15,7 +16,7 @@ use crate::agent::status::{FileStatus, MountDetail, MountStatus};
 use crate::fuse::mount::points;
 
 /// Printed lines of the narrow table are no longer than this.
-const COLUMNS: usize = 80;
+pub(super) const COLUMNS: usize = 80;
 /// Of these, the mount point gets at most so many.
 const PATH_COLUMNS: usize = 34;
 /// And a file's path.
@@ -36,6 +37,11 @@ pub struct Options {
     /// Print the counters of every agent instead, in the text format of Prometheus
     #[arg(long, conflicts_with = "output")]
     metrics: bool,
+    /// Ask the shim instead of the agents: what it keeps, who serves it, how the last agent ended; needs root
+    #[arg(long, conflicts_with_all = ["path", "metrics"])]
+    from_shim: bool,
+    #[command(flatten)]
+    shim: Shim,
 }
 
 const HELP: &str = "\
@@ -47,11 +53,12 @@ Examples:
       fuse-secrets mounts
       fuse-secrets mounts -o wide
       fuse-secrets mounts /mnt/app
+      fuse-secrets mounts --from-shim
       fuse-secrets mounts -o json | jq '.[] | select(.state != \"fresh\")'";
 
 /// How to print.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-enum Output {
+pub(super) enum Output {
     /// 80 columns.
     #[default]
     Table,
@@ -64,6 +71,9 @@ enum Output {
 /// Runs the command.
 pub async fn run(options: Options) -> ExitCode {
     let now = SystemTime::now();
+    if options.from_shim {
+        return observe::list(&options.shim, options.output).await;
+    }
     if options.metrics {
         let mut texts = Vec::new();
         let take = |socket: &Path, reply| {
@@ -181,14 +191,16 @@ fn labelled(texts: &[(String, String)]) -> String {
                 .strip_prefix("# HELP ")
                 .or(line.strip_prefix("# TYPE "))
                 .map_or((false, line), |rest| (true, rest));
-            let Some((name, value)) = rest.split_once(' ') else { continue };
+            let Some((sample, value)) = rest.split_once(' ') else { continue };
+            let (name, labels) = sample.split_once('{').unwrap_or((sample, "}"));
             let at = metrics.iter().position(|(known, _)| *known == name).unwrap_or_else(|| {
                 metrics.push((name, String::new()));
                 metrics.len() - 1
             });
             let block = &mut metrics[at].1;
             if !comment {
-                block.push_str(&format!("{name}{{agent=\"{agent}\"}} {value}\n"));
+                let comma = if labels == "}" { "" } else { "," };
+                block.push_str(&format!("{name}{{agent=\"{agent}\"{comma}{labels} {value}\n"));
             } else if !block.contains(line) {
                 block.push_str(line);
                 block.push('\n');
@@ -347,21 +359,21 @@ fn row(file: &FileStatus, now: SystemTime) -> Vec<String> {
 }
 
 /// Columns as wide as their widest cell; numbers are not aligned to the right, so that `cut` works.
-struct Table {
+pub(super) struct Table {
     head: Vec<String>,
     rows: Vec<Vec<String>>,
 }
 
 impl Table {
-    fn new(head: &[&str]) -> Self {
+    pub(super) fn new(head: &[&str]) -> Self {
         Self { head: head.iter().map(ToString::to_string).collect(), rows: Vec::new() }
     }
 
-    fn row(&mut self, cells: Vec<String>) {
+    pub(super) fn row(&mut self, cells: Vec<String>) {
         self.rows.push(cells.iter().map(|cell| harmless(cell)).collect());
     }
 
-    fn print(&self, out: &mut impl Write, columns: usize) -> io::Result<()> {
+    pub(super) fn print(&self, out: &mut impl Write, columns: usize) -> io::Result<()> {
         let all = || std::iter::once(&self.head).chain(&self.rows);
         let widths: Vec<usize> = (0..self.head.len())
             .map(|column| all().map(|row| row[column].chars().count()).max().unwrap_or(0))
@@ -384,7 +396,7 @@ impl Table {
 }
 
 /// Cuts in the front, which tells least.
-fn shorten(text: &str, columns: usize) -> String {
+pub(super) fn shorten(text: &str, columns: usize) -> String {
     let length = text.chars().count();
     if length <= columns {
         return text.to_owned();
@@ -394,7 +406,7 @@ fn shorten(text: &str, columns: usize) -> String {
 }
 
 /// How long ago an RFC 3339 time is, in its largest unit.
-fn ago(time: &str, now: SystemTime) -> String {
+pub(super) fn ago(time: &str, now: SystemTime) -> String {
     match humantime::parse_rfc3339_weak(time) {
         Ok(time) => span(now.duration_since(time).unwrap_or_default().as_secs()),
         Err(_) => time.to_owned(),

@@ -38,6 +38,25 @@ impl Faults {
         self.0.iter()
     }
 
+    /// A single one, of a whole document.
+    pub(crate) fn one(document: &str, Broken { rule, remedy }: Broken) -> Self {
+        let document = printable(document);
+        Self(vec![Fault {
+            document,
+            field: String::new(),
+            rule: printable(&rule),
+            remedy: printable(&remedy),
+        }])
+    }
+
+    /// The same, of a file's documents.
+    pub(crate) fn of(mut self, file: &str) -> Self {
+        for fault in &mut self.0 {
+            fault.document = format!("{}: {}", printable(file), fault.document);
+        }
+        self
+    }
+
     /// These, and then those.
     #[must_use]
     pub(crate) fn and(mut self, more: Self) -> Self {

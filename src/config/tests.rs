@@ -197,11 +197,11 @@ fn a_relative_path_is_for_the_command_line_only() {
     assert!(faults.to_string().contains("tokenFile: is not an absolute path"), "{faults}");
 }
 
-/// clap's view of [`Layer`], as `mount` will have it.
+/// clap's view of the settings, as `mount` has it.
 #[derive(clap::Parser)]
 struct Command {
     #[command(flatten)]
-    layer: Layer,
+    layer: MountFlags,
 }
 
 #[test]

@@ -6,6 +6,8 @@
 #![allow(clippy::unwrap_used, reason = "what a test cannot set up fails that test, with the reason")]
 #![allow(clippy::print_stdout, reason = "a test that cannot run here says so")]
 
+/// `agent`, `mounts --from-shim`, `abort`, with a shim that the tests play.
+mod agent;
 /// `dev`.
 mod dev;
 /// Logs: JSON lines, filters, what is told of an outage.

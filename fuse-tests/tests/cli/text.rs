@@ -1,7 +1,7 @@
 use crate::process::run;
 use crate::world::World;
 
-const COMMANDS: [&str; 5] = ["dev", "mount", "mounts", "check", "doctor"];
+const COMMANDS: [&str; 7] = ["dev", "mount", "agent", "mounts", "abort", "check", "doctor"];
 
 #[test]
 fn every_help_has_examples_and_keeps_to_100_columns() {
