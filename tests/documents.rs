@@ -182,7 +182,7 @@ spec:
             printed.push(text);
         }
         let memory = fuse_secrets::secret::pages::SecretMemory::with_limit(64 << 10).unwrap();
-        printed.push(memory.allocate(1 << 20).err().unwrap().to_string());
+        printed.push(memory.allocate(1 << 20, fuse_secrets::secret::pages::Sharing::Own).err().unwrap().to_string());
         store.shutdown().await;
         let printed = printed.concat();
         for line in fenced {
