@@ -39,7 +39,7 @@ pub(crate) struct Gap {
 }
 
 struct Running {
-    names: Vec<Name>,
+    failing: Arc<Failing>,
     stop: Arc<OwnedFd>,
     thread: std::thread::JoinHandle<()>,
     id: Pid,
@@ -59,23 +59,28 @@ impl Gap {
     /// # Errors
     /// No thread or descriptor can be had: nobody is answered, and nobody reads.
     pub(crate) fn answer(&mut self, failing: Failing) -> io::Result<()> {
-        let names: Vec<Name> = failing.keys().cloned().collect();
-        if self.running.as_ref().map_or(names.is_empty(), |running| running.names == names) {
+        let same = |now: &Failing| {
+            let pairs = || now.iter().zip(&failing);
+            now.len() == failing.len() && pairs().all(|((a, x), (b, y))| a == b && Arc::ptr_eq(x, y))
+        };
+        if self.running.as_ref().map_or(failing.is_empty(), |running| same(&running.failing)) {
             return Ok(());
         }
         if let Some(running) = self.running.take() {
             running.stop();
         }
-        if names.is_empty() {
+        if failing.is_empty() {
             return Ok(());
         }
         let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
         let (alive, ended) = sync_channel(1);
         let (told, metrics, resend) = (stop.clone(), self.metrics.clone(), self.resend);
-        let work = move || answer(&failing, told.as_fd(), resend, &metrics, &alive);
+        let failing = Arc::new(failing);
+        let answered = Arc::clone(&failing);
+        let work = move || answer(&answered, told.as_fd(), resend, &metrics, &alive);
         let thread = std::thread::Builder::new().name("gap".to_owned()).spawn(work)?;
         let id = ended.recv().map_err(|_| io::Error::other("the thread that answers EIO ended at once"))?;
-        self.running = Some(Running { names, stop, thread, id, ended });
+        self.running = Some(Running { failing, stop, thread, id, ended });
         Ok(())
     }
 }
