@@ -7,8 +7,8 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
@@ -35,11 +35,11 @@ pub(crate) type Failing = BTreeMap<Name, Arc<OwnedFd>>;
 pub(crate) struct Gap {
     resend: bool,
     metrics: Arc<Metrics>,
-    running: Mutex<Option<Running>>,
+    running: Option<Running>,
 }
 
 struct Running {
-    names: Vec<Name>,
+    failing: Arc<Failing>,
     stop: Arc<OwnedFd>,
     thread: std::thread::JoinHandle<()>,
     id: Pid,
@@ -50,45 +50,52 @@ impl Gap {
     /// Nobody is answered yet. `resend`: what dead agents had read is asked for again first.
     #[must_use]
     pub(crate) fn new(resend: bool, metrics: Arc<Metrics>) -> Self {
-        Self { resend, metrics, running: Mutex::default() }
+        Self { resend, metrics, running: None }
     }
 
     /// Answers for these and no longer for any other: what was answered for before and is not among them has no reader when this
     /// returns. Blocks for about a millisecond.
     ///
     /// # Errors
-    /// No thread or descriptor can be had; then nobody is answered.
-    pub(crate) fn answer(&self, failing: Failing) -> io::Result<()> {
-        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-        let names: Vec<Name> = failing.keys().cloned().collect();
-        if running.as_ref().map_or(names.is_empty(), |running| running.names == names) {
+    /// No thread or descriptor can be had: nobody is answered, and nobody reads.
+    pub(crate) fn answer(&mut self, failing: Failing) -> io::Result<()> {
+        let same = |now: &Failing| {
+            let pairs = || now.iter().zip(&failing);
+            now.len() == failing.len() && pairs().all(|((a, x), (b, y))| a == b && Arc::ptr_eq(x, y))
+        };
+        if self.running.as_ref().map_or(failing.is_empty(), |running| same(&running.failing)) {
             return Ok(());
         }
-        if let Some(running) = running.take() {
-            running.stop()?;
+        if let Some(running) = self.running.take() {
+            running.stop();
         }
-        if names.is_empty() {
+        if failing.is_empty() {
             return Ok(());
         }
         let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
         let (alive, ended) = sync_channel(1);
         let (told, metrics, resend) = (stop.clone(), self.metrics.clone(), self.resend);
-        let work = move || answer(&failing, told.as_fd(), resend, &metrics, &alive);
+        let failing = Arc::new(failing);
+        let answered = Arc::clone(&failing);
+        let work = move || answer(&answered, told.as_fd(), resend, &metrics, &alive);
         let thread = std::thread::Builder::new().name("gap".to_owned()).spawn(work)?;
         let id = ended.recv().map_err(|_| io::Error::other("the thread that answers EIO ended at once"))?;
-        *running = Some(Running { names, stop, thread, id, ended });
+        self.running = Some(Running { failing, stop, thread, id, ended });
         Ok(())
     }
 }
 
 impl Running {
-    fn stop(self) -> io::Result<()> {
-        rustix::io::write(&self.stop, &1_u64.to_ne_bytes())?;
-        // Its side of the channel ends with the thread.
+    fn stop(self) {
+        // Fails only when it has been written 2^64 times.
+        let _ = rustix::io::write(&self.stop, &1_u64.to_ne_bytes());
+        // Its side of the channel ends with it; from then on there is no thread to be woken.
         while self.ended.recv_timeout(AGAIN) == Err(RecvTimeoutError::Timeout) {
-            sys::wake(self.id)?;
+            let _ = sys::wake(self.id);
         }
-        self.thread.join().map_err(|_| io::Error::other("the thread that answers EIO failed"))
+        if self.thread.join().is_err() {
+            tracing::error!("the thread that answered EIO failed");
+        }
     }
 }
 

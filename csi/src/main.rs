@@ -178,10 +178,9 @@ async fn run(arguments: Arguments) -> std::io::Result<()> {
     }
     let services = Routes::new(Identity::server(arguments.driver_name, keeper.clone()))
         .add_service(Node::server(arguments.node_id, keeper.clone()));
-    let signalled = async {
-        tokio::select! { _ = ended.recv() => {}, _ = interrupted.recv() => {} }
-    };
-    let served = rpc::serve(rpc::listen(Path::new(&socket))?, services, signalled);
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let listener = rpc::listen(Path::new(&socket))?;
+    let mut calls = tokio::spawn(rpc::serve(listener, services, async move { drop(stopped.await) }));
     let registered = async {
         match arguments.registration_dir {
             Some(directory) => plugin.register(&directory).await,
@@ -189,12 +188,20 @@ async fn run(arguments: Arguments) -> std::io::Result<()> {
         }
     };
     tokio::select! {
-        served = served => served.map_err(std::io::Error::other)?,
+        _ = ended.recv() => {}
+        _ = interrupted.recv() => {}
+        served = &mut calls => return served?.map_err(std::io::Error::other),
         Err(error) = registered => return Err(error),
     }
     tracing::info!("leaving as soon as agents hold every volume");
+    drop(stop);
+    let leave = async {
+        // A call that fails has told its caller.
+        let _ = calls.await;
+        keeper.safe(Instant::now() + LEAVE).await
+    };
     tokio::select! {
-        safe = keeper.safe(Instant::now() + LEAVE) => if !safe {
+        safe = tokio::time::timeout(LEAVE, leave) => if safe != Ok(true) {
             tracing::warn!("left although no agent holds some volumes: their mounts are dead until the next publish");
         },
         _ = ended.recv() => tracing::warn!("left at once"),

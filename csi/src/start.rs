@@ -34,7 +34,7 @@ pub(crate) fn log(level: tracing::Level, format: Format) {
     tracing_subscriber::registry().with(lines.with_filter(ours)).init();
 }
 
-/// No core, no debugger without privileges, files for root only, as many descriptors as may be; and the settings of the kernel
+/// No core, no debugger without privileges, files that only root writes, as many descriptors as may be; and the settings of the kernel
 /// that end mounts are named.
 ///
 /// # Errors
@@ -42,7 +42,8 @@ pub(crate) fn log(level: tracing::Level, format: Format) {
 pub(crate) fn harden() -> io::Result<()> {
     set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
     setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
-    umask(Mode::RWXG | Mode::RWXO);
+    // Sockets get their own modes; a directory above the node socket is one that the agent must be able to enter.
+    umask(Mode::WGRP | Mode::WOTH);
     // A volume has up to a dozen.
     let most = getrlimit(Resource::Nofile).maximum;
     setrlimit(Resource::Nofile, Rlimit { current: most, maximum: most })?;

@@ -85,7 +85,7 @@ struct Inner {
     settings: Settings,
     root: Root,
     metrics: Arc<Metrics>,
-    gap: Gap,
+    gap: Mutex<Gap>,
     kept: Mutex<Kept>,
     changed: watch::Sender<()>,
     /// Who works on which volume, one after the other.
@@ -155,7 +155,7 @@ impl Keeper {
         };
         let keeper = Self(Arc::new(Inner {
             root,
-            gap: Gap::new(settings.handover == Handover::Resend, metrics.clone()),
+            gap: Mutex::new(Gap::new(settings.handover == Handover::Resend, metrics.clone())),
             metrics,
             settings,
             kept: Mutex::new(kept),
@@ -304,29 +304,26 @@ impl Keeper {
         }
     }
 
-    /// Has EIO answered for those volumes that the machine names, and for no other.
+    /// Has EIO answered for those volumes that the machine names, and for no other. One after the other, so that none acts on
+    /// what an earlier one saw.
     fn gap(&self) {
-        let named = |wanted| -> Vec<Name> {
-            let kept = self.kept();
-            kept.machine
-                .states()
-                .filter(|(_, state)| *state == wanted)
-                .map(|(name, _)| name.clone())
-                .collect()
-        };
-        // In this order: what is to be quiet now is not among those that are answered for.
-        let (quiet, failing) = (named(State::Hushing), named(State::Failing));
-        let files = {
-            let kept = self.kept();
-            failing
-                .into_iter()
-                .filter_map(|name| Some((name.clone(), kept.volumes.get(&name)?.fuse.clone())))
-                .collect()
-        };
-        match self.0.gap.answer(files) {
-            Ok(()) => quiet.into_iter().for_each(|volume| self.apply(Event::Quiet(volume))),
-            Err(error) => tracing::error!(%error, "readers without an agent cannot be answered"),
+        let mut gap = self.0.gap.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut quiet, mut failing) = (Vec::new(), BTreeMap::new());
+        let kept = self.kept();
+        for (name, state) in kept.machine.states() {
+            match (state, kept.volumes.get(name)) {
+                (State::Hushing, _) => quiet.push(Name::clone(name)),
+                (State::Failing, Some(held)) => {
+                    drop(failing.insert(Name::clone(name), Arc::clone(&held.fuse)))
+                }
+                _ => {}
+            }
         }
+        drop(kept);
+        if let Err(error) = gap.answer(failing) {
+            tracing::error!(%error, "readers without an agent cannot be answered");
+        }
+        quiet.into_iter().for_each(|volume| self.apply(Event::Quiet(volume)));
     }
 }
 
