@@ -21,6 +21,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use dashmap::DashMap;
@@ -105,6 +106,8 @@ pub struct Agent {
     invalidator: Invalidator,
     keeper: Option<Arc<dyn Keeper>>,
     served: DashMap<VolumeId, Arc<Served>>,
+    /// Whether a lent volume is not served any more that should be.
+    failed: AtomicBool,
     /// Told of each volume that came or went.
     moved: watch::Sender<()>,
 }
@@ -200,8 +203,8 @@ impl Agent {
         let invalidator = Invalidator::start().map_err(StartError::Thread)?;
         let (moved, moves) = watch::channel(());
         tokio::spawn(tidy(moves));
-        let served = DashMap::new();
-        Ok(Arc::new(Self { setup, memory, pool, metrics, cache, invalidator, keeper, served, moved }))
+        let (served, failed) = (DashMap::new(), AtomicBool::new(false));
+        Ok(Arc::new(Self { setup, memory, pool, metrics, cache, invalidator, keeper, served, failed, moved }))
     }
 
     /// Fetches every file of a spec, then mounts them on a directory, and serves: [`Agent::publish`], then [`Agent::serve`].
@@ -311,11 +314,16 @@ impl Agent {
         self.moved.send_replace(());
         let (agent, watched) = (Arc::downgrade(self), Arc::clone(served));
         tokio::spawn(async move {
-            // A drained one is let go of by who drains it, when its last reply is out.
-            if watched.ended().await == End::Drained {
-                return;
-            }
+            let end = watched.ended().await;
             let Some(agent) = agent.upgrade() else { return };
+            match (end, &watched.seat) {
+                // It is let go of by who drains it, when its last reply is out.
+                (End::Drained, _) => return,
+                (End::Unmounted, Seat::Lent) => watched.volume().give_up().await,
+                // Its readers wait, and only another process can answer them.
+                (End::Failed, Seat::Lent) => agent.failed.store(true, Ordering::Release),
+                (End::Unmounted | End::Failed, Seat::Own(_)) => {}
+            }
             if agent.let_go(&watched) {
                 tracing::info!(path = %watched.path().display(), "unmounted");
             }

@@ -181,8 +181,9 @@ spec:
             assert!(!text.contains("s3cret"), "{text}");
             printed.push(text);
         }
-        let memory = fuse_secrets::secret::pages::SecretMemory::with_limit(64 << 10).unwrap();
-        printed.push(memory.allocate(1 << 20).err().unwrap().to_string());
+        use fuse_secrets::secret::pages::{SecretMemory, Sharing};
+        let memory = SecretMemory::with_limit(64 << 10).unwrap();
+        printed.push(memory.allocate(1 << 20, Sharing::Own).err().unwrap().to_string());
         store.shutdown().await;
         let printed = printed.concat();
         for line in fenced {

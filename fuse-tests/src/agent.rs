@@ -27,6 +27,15 @@ pub enum Command {
         /// What they hold, in the same order.
         contents: Vec<Content>,
     },
+    /// Serve such a volume on the mount that came over the link under its name, and have its parts kept.
+    Lend {
+        /// Where it is mounted, which is also its name.
+        path: PathBuf,
+        /// Its files.
+        files: Vec<BareFile>,
+        /// What they hold, in the same order.
+        contents: Vec<Content>,
+    },
     /// Install a generation of such a volume.
     Install {
         /// Which.
@@ -111,8 +120,18 @@ impl Agent {
     /// It does not start.
     #[must_use]
     pub fn start(program: &str) -> Self {
+        Self::start_with(program, &[])
+    }
+
+    /// The same with arguments: the socket of one who keeps what it deposits, and the word `resend` or `clone`.
+    ///
+    /// # Panics
+    /// It does not start.
+    #[must_use]
+    pub fn start_with(program: &str, arguments: &[&str]) -> Self {
         let log = NamedTempFile::new().unwrap();
         let mut child = Process::new(program)
+            .args(arguments)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(log.reopen().unwrap())
@@ -217,6 +236,16 @@ impl Agent {
     pub fn unmount(&mut self, mounted: &Mounted) {
         mounted.unmount();
         self.ask(&Command::Forget { path: mounted.path().to_owned() }).unwrap();
+    }
+
+    /// Kills it by SIGKILL, and returns when nothing of it is left.
+    ///
+    /// # Panics
+    /// It cannot be killed.
+    pub fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        let _ = std::fs::remove_file(runtime::directory().join(format!("agent-{}.sock", self.child.id())));
     }
 
     /// Its process id.

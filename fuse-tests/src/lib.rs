@@ -25,6 +25,8 @@ pub mod needs;
 pub mod product;
 /// Threads that read and judge what they read.
 pub mod readers;
+/// Who mounts, and keeps what agents leave.
+pub mod shim;
 /// Values that can be checked.
 pub mod stamp;
 /// System calls that rustix lacks: the only unsafe code of this crate.

@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
 use std::ptr;
 
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
@@ -24,6 +24,20 @@ pub fn cached_pages(file: &File) -> io::Result<u64> {
     let result =
         unsafe { libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), range.as_ptr(), counts.as_mut_ptr(), 0) };
     if result == 0 { Ok(counts[0]) } else { Err(io::Error::last_os_error()) }
+}
+
+/// A descriptor of its own on a FUSE connection (`FUSE_DEV_IOC_CLONE`): what is read there and not answered ends with it.
+///
+/// # Errors
+/// /dev/fuse cannot be opened, or `fuse` is none.
+pub fn clone_fuse(fuse: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    /// `_IOR(229, 0, uint32_t)` of include/uapi/linux/fuse.h.
+    const FUSE_DEV_IOC_CLONE: libc::c_ulong = 0x8004_e500;
+    let device = File::options().read(true).write(true).open("/dev/fuse")?;
+    let number = fuse.as_raw_fd();
+    // SAFETY: the call reads one 32-bit number, which is alive during the call.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), FUSE_DEV_IOC_CLONE, &raw const number) };
+    if result == 0 { Ok(device.into()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// A file in memory, readable.

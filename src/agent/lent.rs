@@ -9,6 +9,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -136,20 +137,31 @@ impl Agent {
             Volume::lent(id, spec, pod, self.surroundings(ROOT), lending).map_err(ServeError::Serve)?;
         if let Some(former) = &former {
             let highest = former.volume().generations().next_number() - 1;
-            volume.generations().restore(Vec::new(), highest, true, Moment::now());
+            volume.generations().restore(Vec::new(), &[highest], true, Moment::now());
         }
         let credential = Arc::new(Credential::Jwt(token));
         volume.publish(&self.cache, Arc::clone(&credential), deadline).await?;
         volume.deposit_all(&credential).await.map_err(ServeError::Serve)?;
-        let fs = match &former {
-            Some(former) => {
-                self.drain(former.volume().id()).await.map_err(ServeError::Serve)?;
-                Fs::restored(volume)
-            }
-            None => Fs::new(volume),
-        };
+        if let Some(former) = &former {
+            self.drain(former.volume().id()).await.map_err(ServeError::Serve)?;
+        }
+        self.serve_lent(volume, fuse, former.is_some()).await
+    }
+
+    /// Serves a lent volume that has content, on a mount whose INIT was answered; `known`: and which its kernel knows from
+    /// before.
+    ///
+    /// # Errors
+    /// [`ServeError::Serve`]; nothing is held.
+    pub async fn serve_lent(
+        self: &Arc<Self>,
+        volume: Arc<Volume>,
+        fuse: OwnedFd,
+        known: bool,
+    ) -> Result<Arc<Served>, ServeError> {
+        let fs = if known { Fs::restored(volume) } else { Fs::new(volume) };
         let session = self.session(fuse, &fs, false).await.map_err(ServeError::Serve)?;
-        if former.is_some() {
+        if known {
             fs.invalidate_all();
         }
         let served = Arc::new(Served { fs, seat: Seat::Lent, session });
@@ -198,6 +210,7 @@ impl Agent {
 
     async fn drain_one(&self, served: &Arc<Served>) -> io::Result<()> {
         let drained = served.session.drain(Instant::now() + FINISH).await;
+        served.volume().sweep(Moment::now()).await;
         served.volume().retire().await;
         self.let_go(served);
         drained
@@ -262,10 +275,13 @@ impl Agent {
         lent.filter_map(estate).collect()
     }
 
-    /// Whether all moves that readers depend on: the cache's task, the invalidator, every handler.
+    /// Whether all moves that readers depend on: the cache's task, the invalidator, every handler; and that none has
+    /// ended that should not.
     pub async fn alive(&self) -> bool {
         let stuck = |served: Arc<Served>| served.session.busy_for() > STUCK;
-        if self.invalidator.busy_for() > STUCK {
+        if self.failed.load(Ordering::Acquire) {
+            tracing::error!("a volume cannot be served any more");
+        } else if self.invalidator.busy_for() > STUCK {
             tracing::error!("the kernel has not taken an invalidation for 5 s");
         } else if self.served().into_iter().any(stuck) {
             tracing::error!("a request has not been answered for 5 s");
@@ -299,3 +315,6 @@ async fn sweep(agent: Weak<Agent>) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -237,4 +237,4 @@ fn introduce<F: fuser::Filesystem>(
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -1,15 +1,16 @@
 //! From answers to the next generation: each file is cut out of its answer, compared with the generation before, and
 //! written with the others if any of them differs.
 
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
 use super::generation::Generation;
 use super::snapshot::{FileImage, FileRecord, Snapshot, WriteError};
-use crate::cache::Value;
+use super::{Change, Standing, Surroundings, Volume};
+use crate::cache::{State, Value};
 use crate::reference::FileSpec;
 use crate::secret::SecretBytes;
-use crate::secret::pages::{SecretMemory, Sharing};
+use crate::secret::pages::{MemoryError, SecretMemory, Sharing};
 use crate::store::answer::{ExtractError, extract};
 use crate::time::Moment;
 
@@ -82,6 +83,148 @@ impl Default for NewFile {
 impl NewFile {
     fn same_as(&self, snapshot: &Snapshot, index: usize) -> bool {
         self.value.as_ref().map(SecretBytes::expose) == snapshot.value(index)
+    }
+}
+
+impl Volume {
+    /// Builds and installs a generation if any file's bytes differ from the current one; a lent volume's is deposited first.
+    /// Called whenever an answer changed.
+    ///
+    /// # Errors
+    /// [`BuildError`]: the current generation stays; [`Volume::report`] tells.
+    pub async fn rebuild(&self, now: Moment) -> Result<(), BuildError> {
+        match &self.lent {
+            Some(lent) => self.rebuild_lent(lent, now).await,
+            None => self.build(now),
+        }
+    }
+
+    fn build(&self, now: Moment) -> Result<(), BuildError> {
+        let mut built_from = self.built_from();
+        let Some(sources) = self.sources(&built_from, now) else { return Ok(()) };
+        let result = self.next(&sources, now).map(|next| self.install_next(next, now));
+        self.conclude(&mut built_from, &sources, result)
+    }
+
+    /// Where the files' bytes are to come from; `None`: from where they came last time, or from nowhere yet.
+    pub(super) fn sources(&self, built_from: &[Basis], now: Moment) -> Option<Vec<Source>> {
+        if self.slots().is_empty() && self.inherited.get().is_none() {
+            return None;
+        }
+        let restored = self.generations.current().is_some();
+        let source = |file| match self.slot(file) {
+            Some(slot) if slot.state() != State::Empty => {
+                Some(slot.value().filter(|_| !self.is_over(slot, now)).map_or(Source::Over, Source::Answer))
+            }
+            // Nothing to go on with, nothing to serve meanwhile.
+            _ if !restored => None,
+            _ if matches!(self.inherited_standing(file, now), Standing::Gone) => Some(Source::Over),
+            _ => Some(Source::Carried),
+        };
+        let sources: Vec<Source> = (0..self.spec.files.len()).map(source).collect::<Option<_>>()?;
+        let same = sources.len() == built_from.len() && sources.iter().zip(built_from).all(|(s, b)| s.is(b));
+        (!same).then_some(sources)
+    }
+
+    /// Writes the next generation; `None`: it would be the current one.
+    pub(super) fn next(&self, sources: &[Source], now: Moment) -> Result<Option<Next>, BuildError> {
+        let current = self.generations.current();
+        let files = cut(&self.spec.files, sources, current.as_deref())?;
+        self.write(&files, now)
+    }
+
+    pub(super) fn write(&self, files: &[NewFile], now: Moment) -> Result<Option<Next>, BuildError> {
+        let sharing = if self.lent.is_some() { Sharing::Lent } else { Sharing::Own };
+        let memory = (&self.surroundings.memory, sharing);
+        let current = self.generations.current();
+        let number = self.generations.next_number();
+        Next::build(&self.spec.files, files, current.as_deref(), number, memory, now)
+    }
+
+    /// Notes how a build went.
+    pub(super) fn conclude(
+        &self,
+        built_from: &mut Vec<Basis>,
+        sources: &[Source],
+        result: Result<(), BuildError>,
+    ) -> Result<(), BuildError> {
+        // What failed for want of room is tried again; what cannot be cut out of these answers never will be.
+        let basis = || sources.iter().map(Source::basis).collect();
+        *built_from = if matches!(result, Err(BuildError::Write(_))) { Vec::new() } else { basis() };
+        let text = result.as_ref().err().map(ToString::to_string);
+        if let Some(text) = &text {
+            self.surroundings.metrics.generations_failed.increment();
+            if let Err(BuildError::Write(WriteError::Memory(MemoryError::Full { .. }))) = &result {
+                self.surroundings.metrics.memory_refused.increment();
+            }
+            // The first generation's faults are its publisher's to tell.
+            if self.generations.current().is_some() {
+                tracing::warn!(volume = %self.id.0, "no new generation: {text}");
+            }
+        }
+        *self.last_build_error.lock().unwrap_or_else(PoisonError::into_inner) = text;
+        result
+    }
+
+    /// Installs files as a generation of an own volume, unless they are the current one's to the byte. The order is the spec's.
+    ///
+    /// # Errors
+    /// [`BuildError::Write`]
+    pub fn install(&self, files: &[NewFile], now: Moment) -> Result<(), BuildError> {
+        let next = self.write(files, now)?;
+        self.install_next(next, now);
+        Ok(())
+    }
+
+    pub(super) fn install_next(&self, next: Option<Next>, now: Moment) {
+        let Some(next) = next else { return };
+        let Surroundings { memory, metrics, .. } = &self.surroundings;
+        let is_first = self.generations.current().is_none();
+        let (number, changed) = (next.snapshot.generation(), next.changed);
+        let gone = self.generations.install(next.snapshot, next.since, now, next.forget_older);
+        self.note_refreshes();
+        metrics.generations_built.increment();
+        metrics.generations_evicted.add(gone.iter().filter(|(_, open)| *open).count() as u64);
+        metrics.memory_used.set(memory.used() as u64);
+        if !is_first {
+            let names: Vec<&str> = changed.iter().map(|&i| self.spec.files[i].path.as_str()).collect();
+            tracing::info!(volume = %self.id.0, generation = number, files = names.join(", "), "changed");
+        }
+        if let Some(listener) = self.listener.get().and_then(Weak::upgrade) {
+            let gone = gone.into_iter().map(|(number, _)| number).collect();
+            listener.changed(&Change { generation: number, files: changed, gone });
+        }
+    }
+
+    /// Builds, at once or as soon as it can be deposited, then calls `done`. A failure is told by the build, and leaves the last
+    /// known value to be served.
+    pub(super) fn rebuild_soon(self: &Arc<Self>, now: Moment, done: Box<dyn FnOnce() + Send>) {
+        match &self.lent {
+            None => {
+                let _ = self.build(now);
+                done();
+            }
+            Some(lent) => {
+                let volume = Arc::clone(self);
+                lent.runtime.spawn(async move {
+                    let _ = volume.rebuild(now).await;
+                    done();
+                });
+            }
+        }
+    }
+
+    /// Writes down, for a successor, when the store last answered for each file.
+    pub(super) fn note_refreshes(&self) {
+        for file in 0..self.spec.files.len() {
+            if let Some(at) = self.refreshed(file) {
+                self.generations.opens().note_refreshed(file, at);
+            }
+        }
+    }
+
+    pub(super) fn built_from(&self) -> MutexGuard<'_, Vec<Basis>> {
+        self.built_from.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

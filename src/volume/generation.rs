@@ -80,9 +80,9 @@ impl Generations {
         self.highest.load(Ordering::Acquire) + 1
     }
 
-    /// Takes over what a predecessor left: snapshots, and the highest number that it gave. If its counts are lost, every
-    /// generation counts as open until the limit pushes it out.
-    pub fn restore(&self, mut snapshots: Vec<Snapshot>, highest: u32, counted: bool, now: Moment) {
+    /// Takes over what a predecessor left: snapshots, and the numbers of those that cannot be read. If its counts are lost,
+    /// every generation counts as open until the limit pushes it out.
+    pub fn restore(&self, mut snapshots: Vec<Snapshot>, lost: &[u32], counted: bool, now: Moment) {
         snapshots.sort_by_key(Snapshot::generation);
         snapshots.drain(..snapshots.len().saturating_sub(OLDER + 2)).for_each(|old| {
             self.untold().push(old.generation());
@@ -107,7 +107,9 @@ impl Generations {
             kept.push(Arc::new(Generation { snapshot, installed: now, since, opens, place }));
         }
         let newest = kept.last().map_or(0, |newest| newest.number());
-        self.highest.fetch_max(highest.max(newest), Ordering::AcqRel);
+        // One that is lost and the newest is told of by nobody: it is what keeps its number from being given again.
+        self.untold().extend(lost.iter().filter(|number| **number < newest));
+        self.highest.fetch_max(lost.iter().copied().fold(newest, u32::max), Ordering::AcqRel);
         self.bury(prune(&mut kept), &kept);
     }
 

@@ -309,3 +309,7 @@ impl Volume {
         }
     }
 }
+
+/// A keeper for tests.
+#[cfg(test)]
+pub(crate) mod testing;

@@ -93,11 +93,14 @@ impl Volume {
             Some(Ok(opens)) => opens,
             _ => Opens::lent(spec.files.len())?,
         };
-        let highest = generations.iter().map(|(number, _)| *number).max().unwrap_or(0);
         // The newest first: should there be room for some only, it is for these.
         generations.sort_by_key(|(number, _)| std::cmp::Reverse(*number));
-        let mut snapshots = Vec::new();
-        for (number, file) in generations.into_iter().filter(|_| !suspect && !spec.files.is_empty()) {
+        let (mut snapshots, mut lost) = (Vec::new(), Vec::new());
+        for (number, file) in generations {
+            if suspect || spec.files.is_empty() {
+                lost.push(number);
+                continue;
+            }
             let read = memory.adopt(file).map_err(|error| error.to_string()).and_then(|pages| {
                 let snapshot = Snapshot::open(pages).map_err(|error| error.to_string())?;
                 let paths = snapshot.files().iter().map(|file| file.path.as_str());
@@ -107,15 +110,21 @@ impl Volume {
             });
             match read {
                 Ok(snapshot) => snapshots.push(snapshot),
+                // Given up by a predecessor that did not live to tell, and wiped.
+                Err(error) if !snapshots.is_empty() => {
+                    tracing::debug!(volume = %id.0, generation = number, error, "an old generation is gone");
+                    lost.push(number);
+                }
                 Err(error) => {
-                    tracing::warn!(volume = %id.0, generation = number, error, "a generation is lost")
+                    tracing::warn!(volume = %id.0, generation = number, error, "the newest generation is lost");
+                    lost.push(number);
                 }
             }
         }
         let lending = Lending { keeper, target, group, init };
         let lent = Lent::new(lending, pages, credential.clone());
         let volume = Self::assemble(id, spec, Some(pod), surroundings, opens, Some(lent));
-        volume.generations.restore(snapshots, highest, counted, now);
+        volume.generations.restore(snapshots, &lost, counted, now);
         let _ = volume.inherited.set(volume.inheritance());
         if let Some(credential) = credential {
             tokio::spawn(register(Arc::downgrade(&volume), cache.clone(), credential));

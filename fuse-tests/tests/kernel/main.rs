@@ -12,6 +12,8 @@ mod canary;
 mod contents;
 /// docs/semantics.md is compared with the tests.
 mod document;
+/// Agents that are killed, and that hand over.
+mod handover;
 /// Names and directories.
 mod names;
 /// A store that hangs.

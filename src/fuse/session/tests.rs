@@ -12,16 +12,16 @@ use crate::store::Credential;
 use crate::store::scripted::{Scenario, Scripted, identity, token};
 use crate::volume::{Surroundings, Volume};
 
-const GETATTR: u32 = 3;
+pub(crate) const GETATTR: u32 = 3;
 const OPEN: u32 = 14;
-const ROOT: u64 = 1;
+pub(crate) const ROOT: u64 = 1;
 const FILE: u64 = 2;
 
 /// The kernel's end: what it sends are requests, what it hears are replies and notifications.
-struct Kernel(OwnedFd);
+pub(crate) struct Kernel(pub(crate) OwnedFd);
 
 impl Kernel {
-    fn new() -> (Self, OwnedFd) {
+    pub(crate) fn new() -> (Self, OwnedFd) {
         let (ours, fuse) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
         rustix::net::sockopt::set_socket_timeout(
@@ -33,7 +33,7 @@ impl Kernel {
         (Self(ours), fuse)
     }
 
-    fn ask(&self, opcode: u32, unique: u64, inode: u64) {
+    pub(crate) fn ask(&self, opcode: u32, unique: u64, inode: u64) {
         let mut request = Vec::new();
         for word in [56, opcode] {
             request.extend(u32::to_le_bytes(word));
@@ -45,7 +45,7 @@ impl Kernel {
     }
 
     /// Unique number and error, or 0 and the code of a notification.
-    fn hear(&self) -> (u64, i32) {
+    pub(crate) fn hear(&self) -> (u64, i32) {
         let mut reply = [0; 4096];
         let length = rustix::io::read(&self.0, &mut reply).unwrap();
         assert!(length >= 16);

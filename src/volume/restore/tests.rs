@@ -1,69 +1,12 @@
 //! Volumes that a predecessor left, on a real cache and a scripted store, under a stopped clock.
 
-use std::collections::BTreeMap;
-use std::future::Future;
-use std::io;
-use std::pin::Pin;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
 use super::*;
-use crate::secret::pages::SecretMemory;
 use crate::store::scripted::{Scenario, token};
+use crate::volume::lent::testing::Shelf;
 use crate::volume::record::Init;
 use crate::volume::tests::{Bench, content, now, pass};
-
-/// Keeps what it is given, unless it refuses.
-#[derive(Default)]
-struct Shelf {
-    parts: Mutex<BTreeMap<Part, OwnedFd>>,
-    refuses: AtomicBool,
-    /// The volume, and what it served as each part came.
-    watched: Mutex<Weak<Volume>>,
-    served: Mutex<Vec<(Part, Vec<u32>)>>,
-}
-
-impl Keeper for Shelf {
-    fn deposit(
-        &self,
-        _: &VolumeId,
-        part: Part,
-        file: OwnedFd,
-        gone: Vec<u32>,
-    ) -> Pin<Box<dyn Future<Output = io::Result<()>> + Send + '_>> {
-        Box::pin(async move {
-            if self.refuses.load(Ordering::Acquire) {
-                return Err(io::ErrorKind::NotConnected.into());
-            }
-            let numbers = self.watched.lock().unwrap().upgrade().map(|volume| volume.generations().numbers());
-            self.served.lock().unwrap().push((part, numbers.unwrap_or_default()));
-            let mut parts = self.parts.lock().unwrap();
-            gone.into_iter().for_each(|number| drop(parts.remove(&Part::Generation(number))));
-            parts.insert(part, file);
-            Ok(())
-        })
-    }
-}
-
-impl Shelf {
-    fn parts(&self) -> Vec<(Part, OwnedFd)> {
-        self.parts.lock().unwrap().iter().map(|(part, file)| (*part, file.try_clone().unwrap())).collect()
-    }
-
-    fn names(&self) -> Vec<Part> {
-        self.parts.lock().unwrap().keys().copied().collect()
-    }
-
-    /// As a fault or a half-written page would.
-    fn spoil(&self, part: Part) {
-        let file = self.parts.lock().unwrap()[&part].try_clone().unwrap();
-        SecretMemory::new().unwrap().adopt(file).unwrap().wipe_on_drop();
-    }
-
-    fn legacy(&self) -> Legacy {
-        Legacy { id: VolumeId("v".into()), target: "/there".into(), parts: self.parts(), suspect: false }
-    }
-}
 
 const FILES: [(&str, &str); 1] = [("p", "password")];
 
@@ -101,6 +44,10 @@ async fn left_after(values: &[&str], freshness: Freshness) -> Arc<Shelf> {
     shelf
 }
 
+fn legacy(shelf: &Shelf) -> Legacy {
+    Legacy { id: VolumeId("v".into()), target: "/there".into(), parts: shelf.parts(), suspect: false }
+}
+
 fn restore(bench: &Bench, shelf: &Arc<Shelf>, legacy: Legacy) -> Arc<Volume> {
     let keeper = Arc::clone(shelf) as Arc<dyn Keeper>;
     Volume::restore(legacy, bench.surroundings(), keeper, &bench.cache, now()).unwrap()
@@ -115,7 +62,7 @@ async fn a_restored_volume_is_served_with_the_store_down_fresh_by_the_recorded_t
     let shelf = left(Freshness::default()).await;
     let bench = Bench::new();
     bench.store.play(Scenario::Hanging);
-    let volume = restore(&bench, &shelf, shelf.legacy());
+    let volume = restore(&bench, &shelf, legacy(&shelf));
     assert_eq!((content(&volume, 0).unwrap(), volume.standing(0, now())), ("one".into(), Standing::Fresh));
     assert_eq!(volume.standing(0, at(61)), Standing::LastKnown, "nobody waits for the store");
     pass(300).await;
@@ -131,7 +78,7 @@ async fn a_store_that_says_the_same_makes_no_generation_and_another_value_one_ab
     let shelf = left(Freshness::default()).await;
     let bench = Bench::new();
     bench.store.rotate("app", "one");
-    let volume = restore(&bench, &shelf, shelf.legacy());
+    let volume = restore(&bench, &shelf, legacy(&shelf));
     pass(1).await;
     assert_eq!((volume.generations().numbers(), volume.standing(0, now())), (vec![1], Standing::Fresh));
     bench.store.rotate("app", "two");
@@ -146,7 +93,7 @@ async fn the_grace_of_a_restored_value_counts_from_the_recorded_time() {
     let shelf = left(freshness).await;
     let bench = Bench::new();
     bench.store.play(Scenario::Sealed);
-    let volume = restore(&bench, &shelf, shelf.legacy());
+    let volume = restore(&bench, &shelf, legacy(&shelf));
     assert_eq!(volume.standing(0, at(80)), Standing::LastKnown);
     assert_eq!(volume.standing(0, at(100)), Standing::Gone);
     volume.sweep(at(100)).await;
@@ -167,7 +114,7 @@ async fn a_broken_generation_is_passed_over_and_its_number_is_not_used_again() {
     shelf.spoil(Part::Generation(2));
     let bench = Bench::new();
     bench.store.play(Scenario::Hanging);
-    let volume = restore(&bench, &shelf, shelf.legacy());
+    let volume = restore(&bench, &shelf, legacy(&shelf));
     assert_eq!((volume.generations().numbers(), content(&volume, 0).unwrap()), (vec![1], "one".into()));
     assert_eq!(volume.generations().next_number(), 3);
 }
@@ -182,7 +129,7 @@ async fn without_a_readable_generation_nothing_is_served_until_the_store_answers
         }
         let bench = Bench::new();
         bench.store.play(Scenario::Sealed);
-        let volume = restore(&bench, &shelf, Legacy { suspect, ..shelf.legacy() });
+        let volume = restore(&bench, &shelf, Legacy { suspect, ..legacy(&shelf) });
         pass(10).await;
         assert!(volume.generations().current().is_none() && !volume.is_blank());
         assert_eq!(volume.standing(0, now()), Standing::Gone);
@@ -197,10 +144,10 @@ async fn without_a_readable_generation_nothing_is_served_until_the_store_answers
 async fn a_volume_whose_record_cannot_be_read_is_blank() {
     let shelf = left(Freshness::default()).await;
     shelf.spoil(Part::Record);
-    let volume = restore(&Bench::new(), &shelf, shelf.legacy());
+    let volume = restore(&Bench::new(), &shelf, legacy(&shelf));
     assert!(volume.is_blank() && volume.generations().current().is_none());
     assert_eq!(volume.generations().next_number(), 2);
-    let nothing = Legacy { parts: Vec::new(), ..shelf.legacy() };
+    let nothing = Legacy { parts: Vec::new(), ..legacy(&shelf) };
     assert!(restore(&Bench::new(), &shelf, nothing).is_blank());
 }
 
@@ -218,7 +165,7 @@ async fn open_handles_are_counted_on_and_keep_their_generation() {
     drop(volume);
     let next = Bench::new();
     next.store.play(Scenario::Hanging);
-    let volume = restore(&next, &shelf, shelf.legacy());
+    let volume = restore(&next, &shelf, legacy(&shelf));
     assert_eq!(volume.generations().numbers(), [1, 3, 4]);
     assert_eq!(volume.generations().find(1).unwrap().open_handles(), 1);
     assert_eq!(volume.generations().release(1), [1]);
@@ -240,7 +187,7 @@ async fn without_its_table_every_generation_counts_as_open() {
     drop(volume);
     let next = Bench::new();
     next.store.play(Scenario::Hanging);
-    let mut legacy = shelf.legacy();
+    let mut legacy = legacy(&shelf);
     legacy.parts.retain(|(part, _)| *part != Part::Opens);
     let volume = restore(&next, &shelf, legacy);
     assert_eq!(volume.generations().release(1), [] as [u32; 0], "there may be other handles on it");
