@@ -26,8 +26,11 @@ pub struct Directory {
     path: PathBuf,
     root: OwnedFd,
     /// What was read, by namespace and file.
-    read: Mutex<HashMap<String, HashMap<String, (Stamp, Parsed)>>>,
+    read: Mutex<HashMap<String, Files>>,
 }
+
+/// Files by name, as they were when they were read.
+type Files = HashMap<String, (Stamp, Parsed)>;
 
 /// The documents of one file.
 type Parsed = Arc<Vec<Result<Class, Faults>>>;
@@ -90,7 +93,7 @@ impl Directory {
         Ok(all)
     }
 
-    fn known(&self, namespace: &str) -> HashMap<String, (Stamp, Parsed)> {
+    fn known(&self, namespace: &str) -> Files {
         let read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
         read.get(namespace).cloned().unwrap_or_default()
     }
@@ -144,14 +147,16 @@ impl Classes for Directory {
 /// Files of a directory that end in `.yaml`.
 fn names(directory: impl AsFd) -> io::Result<Vec<String>> {
     let mut names = Vec::new();
-    for entry in Dir::read_from(directory)?.take(MOST_NAMES) {
+    for (seen, entry) in Dir::read_from(directory)?.enumerate() {
         let entry = entry?;
         let name = entry.file_name().to_string_lossy();
         if name.ends_with(".yaml") && !name.starts_with('.') {
             names.push(name.into_owned());
         }
-        if names.len() > MOST_FILES {
-            let text = format!("more than {MOST_FILES} files; write several classes into one");
+        if names.len() > MOST_FILES || seen > MOST_NAMES {
+            let text = format!(
+                "more than {MOST_FILES} classes' files or {MOST_NAMES} in all; write several into one"
+            );
             return Err(io::Error::other(text));
         }
     }
