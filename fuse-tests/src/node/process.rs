@@ -128,7 +128,7 @@ impl Drop for Process {
 #[must_use]
 pub fn as_in_a_container(program: &Path) -> Command {
     let mut command = Command::new("/usr/bin/prlimit");
-    command.args(["--memlock=65536:65536", "/usr/bin/setpriv"]);
+    command.args(["--memlock=65536:8388608", "/usr/bin/setpriv"]);
     command.args([format!("--reuid={UID}"), format!("--regid={UID}")]);
     command.args(["--clear-groups", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all", "--"]);
     command.arg(program);

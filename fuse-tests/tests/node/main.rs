@@ -1,0 +1,8 @@
+//! The shim and the agent together, as on a node: real processes, real mounts, kubelet's calls, a store.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "what fails in here is a test that fails")]
+
+mod life;
+
+/// The shim stands beside it.
+const SIBLING: &str = env!("CARGO_BIN_EXE_test-agent");
