@@ -89,10 +89,10 @@ impl Options {
         self.worker
     }
 
-    /// Gives up every right, before there is a second thread.
+    /// Takes what limits allow, then gives up every right, before there is a second thread.
     pub(super) fn confine(&self) -> Result<(), ExitCode> {
         let tied = if self.worker { confine::end_with_parent() } else { Ok(()) };
-        match tied.and_then(|()| confine::drop_capabilities()) {
+        match tied.and_then(|()| confine::raise_descriptors()).and_then(|()| confine::drop_capabilities()) {
             Ok(Bounding::Empty) => tracing::info!("every capability is dropped, the bounding set is empty"),
             Ok(Bounding::Inert) => tracing::info!(
                 "every capability is dropped; an ordinary user cannot empty the bounding set, which no_new_privs makes \

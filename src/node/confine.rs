@@ -1,8 +1,9 @@
-//! No right that is not needed, given up before there is a second thread: capabilities belong to each thread.
+//! What a process may: as many descriptors as it can get, and no right that is not needed, given up before there is a second
+//! thread, as capabilities belong to each thread.
 
 use std::io;
 
-use rustix::process::{Signal, set_parent_process_death_signal};
+use rustix::process::{Resource, Rlimit, Signal, getrlimit, set_parent_process_death_signal, setrlimit};
 use rustix::thread::{
     CapabilitySet, CapabilitySets, capabilities, capability_is_in_bounding_set, clear_ambient_capability_set,
     remove_capability_from_bounding_set, set_capabilities, set_no_new_privs,
@@ -48,6 +49,15 @@ pub fn drop_capabilities() -> io::Result<Bounding> {
         return Ok(bounding);
     }
     Err(io::Error::other("the kernel left some in force"))
+}
+
+/// As many descriptors as the hard limit allows: a volume has up to a dozen.
+///
+/// # Errors
+/// setrlimit(2); not for want of a right.
+pub fn raise_descriptors() -> io::Result<()> {
+    let most = getrlimit(Resource::Nofile).maximum;
+    Ok(setrlimit(Resource::Nofile, Rlimit { current: most, maximum: most })?)
 }
 
 /// Ends this process as soon as the one that started it has ended, whatever it does then.

@@ -290,18 +290,23 @@ fn unsupported(message: &Message) -> Message {
     Message::Unsupported(Unsupported { kind: message.kind() })
 }
 
-/// Inherited by workers; never lowered.
+/// Never lowered, and inherited by workers. Beyond the process's own hard limit needs CAP_SYS_RESOURCE, see getrlimit(2).
 fn raise_memlock(pid: u32, bytes: u64) -> io::Result<()> {
-    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
-    let pid = pid.ok_or_else(|| io::Error::other("not a process number"))?;
-    let wanted = Rlimit { current: Some(bytes), maximum: Some(bytes) };
-    let before = prlimit(Some(pid), Resource::Memlock, wanted)?;
-    // No limit is more than any.
-    let more = |before: Option<u64>| before.is_none_or(|before| before > bytes);
-    if more(before.current) || more(before.maximum) {
-        let larger = |before: Option<u64>| before.map(|before| before.max(bytes));
-        let both = Rlimit { current: larger(before.current), maximum: larger(before.maximum) };
-        prlimit(Some(pid), Resource::Memlock, both)?;
-    }
-    Ok(())
+    let number = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    let number = number.ok_or_else(|| io::Error::other("not a process number"))?;
+    let text = std::fs::read_to_string(format!("/proc/{pid}/limits"))?;
+    let hard = memlock(&text).ok_or_else(|| io::Error::other("its limits cannot be read"))?;
+    let set = |limit| prlimit(Some(number), Resource::Memlock, Rlimit { current: limit, maximum: limit });
+    set(hard.map(|hard| hard.max(bytes))).map(drop).map_err(|error| {
+        // What it may have without us. The first refusal is the one to tell.
+        let _ = set(hard);
+        error.into()
+    })
+}
+
+/// The hard limit of locked memory in `/proc/PID/limits`; `Some(None)`: unlimited.
+fn memlock(limits: &str) -> Option<Option<u64>> {
+    let hard =
+        limits.lines().find_map(|line| line.strip_prefix("Max locked memory"))?.split_whitespace().nth(1)?;
+    if hard == "unlimited" { Some(None) } else { hard.parse().ok().map(Some) }
 }
