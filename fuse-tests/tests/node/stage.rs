@@ -1,13 +1,13 @@
 //! A node with volumes whose values can be judged, and readers that do.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use fuse_secrets_csi::wire::message::AgentStatus;
+use fuse_secrets_csi::wire::message::{AgentStatus, VolumeStatus};
 use fuse_tests::needs;
 use fuse_tests::node::{Node, Volume};
 use fuse_tests::readers::{Readers, Seen};
 use fuse_tests::stamp;
-use fuse_tests::wait::until;
+use fuse_tests::wait::{pause, until};
 
 use crate::SIBLING;
 
@@ -15,8 +15,9 @@ use crate::SIBLING;
 pub(crate) const READERS: usize = 8;
 /// As applications do: it makes some thousand reads a second, and leaves the processor to those who serve.
 const BETWEEN: Duration = Duration::from_millis(1);
-/// Each takes a few requests to read.
-const LENGTH: usize = 300_000;
+/// Bytes of all volumes together: an agent may lock no more than 8 MiB where the shim may not raise its limit. Each of up to eight
+/// values takes a few requests to read.
+const LENGTH: usize = 1_600_000;
 /// Longest wait for anything, on a machine that has much else to do.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -24,6 +25,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 pub(crate) struct Stage {
     pub(crate) node: Node,
     pub(crate) volumes: Vec<Volume>,
+    length: usize,
 }
 
 impl Stage {
@@ -36,10 +38,10 @@ impl Stage {
         node.start_shim(shim);
         node.start_agent(&[]);
         node.cluster.stamped_class("app", age);
-        node.cluster.stamp("app", 1, LENGTH);
+        node.cluster.stamp("app", 1, LENGTH / volumes);
         let volumes: Vec<Volume> = (0..volumes).map(|n| node.volume(&format!("pod-{n}"), "app")).collect();
         volumes.iter().for_each(|volume| node.publish(volume).unwrap());
-        Some(Self { node, volumes })
+        Some(Self { length: LENGTH / volumes.len(), node, volumes })
     }
 
     /// Readers of all volumes in turn, of which each second one reads through `..data`.
@@ -50,17 +52,21 @@ impl Stage {
 
     /// Waits until the agent that serves has every volume, and the shim everything that its successor needs. Returns that agent.
     pub(crate) fn settled(&self) -> AgentStatus {
-        until("an agent that serves everything", PATIENCE, || {
+        let end = Instant::now() + PATIENCE;
+        loop {
             let (volumes, agents) = self.node.observe();
-            let serving = agents.into_iter().find(|agent| agent.state == "serving" && agent.pid != 0)?;
-            let whole = volumes.iter().all(|volume| {
-                volume.state == "serving"
-                    && volume.agent == serving.agent
-                    && volume.parts >= 3
-                    && !volume.waiting
-            });
-            (whole && volumes.len() == self.volumes.len()).then_some(serving)
-        })
+            let serving = agents.iter().find(|agent| agent.state == "serving" && agent.pid != 0);
+            if let Some(serving) = serving {
+                let whole = |volume: &VolumeStatus| {
+                    volume.state == "serving" && volume.agent == serving.agent && volume.parts >= 3
+                };
+                if volumes.len() == self.volumes.len() && volumes.iter().all(whole) {
+                    return serving.clone();
+                }
+            }
+            assert!(Instant::now() < end, "nobody serves everything: {agents:#?} {volumes:#?}");
+            pause(Duration::from_millis(5));
+        }
     }
 
     /// Waits until another agent than this one has everything.
@@ -71,7 +77,7 @@ impl Stage {
 
     /// Puts a version into the store.
     pub(crate) fn put(&self, version: u32) {
-        self.node.cluster.stamp("app", version, LENGTH);
+        self.node.cluster.stamp("app", version, self.length);
     }
 
     /// The version that a volume shows; the error number otherwise.
