@@ -43,7 +43,12 @@ impl Seen {
 pub struct Readers {
     stop: Arc<AtomicBool>,
     started: Instant,
-    threads: Vec<(Arc<AtomicU64>, JoinHandle<Result<Seen, String>>)>,
+    readers: Vec<Reader>,
+}
+
+struct Reader {
+    reads: Arc<AtomicU64>,
+    thread: JoinHandle<Result<Seen, String>>,
 }
 
 impl Readers {
@@ -68,10 +73,11 @@ impl Readers {
             let reads = Arc::<AtomicU64>::default();
             let (stop, count) = (Arc::clone(&stop), Arc::clone(&reads));
             let reader = std::thread::Builder::new().name("reader".to_owned());
-            (reads, reader.spawn(move || read(&path, between, &count, &stop)).unwrap())
+            let thread = reader.spawn(move || read(&path, between, &count, &stop)).unwrap();
+            Reader { reads, thread }
         };
-        let threads = paths.into_iter().map(start).collect();
-        Self { stop, started: Instant::now(), threads }
+        let readers = paths.into_iter().map(start).collect();
+        Self { stop, started: Instant::now(), readers }
     }
 
     /// Waits until each of them has begun and ended a read from now on.
@@ -79,7 +85,7 @@ impl Readers {
     /// # Panics
     /// One has not within 10 s, or has ended with a fault.
     pub fn go_on(&self) {
-        for (reads, thread) in &self.threads {
+        for Reader { reads, thread } in &self.readers {
             let before = reads.load(Ordering::Acquire);
             // The first may have begun before.
             until_true("a reader that goes on", SOON, || {
@@ -95,7 +101,7 @@ impl Readers {
     #[must_use]
     pub fn finish(mut self) -> Vec<Result<Seen, String>> {
         self.stop.store(true, Ordering::Release);
-        self.threads.drain(..).map(|(_, thread)| thread.join().unwrap()).collect()
+        self.readers.drain(..).map(|reader| reader.thread.join().unwrap()).collect()
     }
 
     /// Stops them and tells what all saw, also to whoever runs the test.
@@ -104,7 +110,7 @@ impl Readers {
     /// A reader met a fault, or none read anything.
     #[must_use]
     pub fn report(self, what: &str) -> Seen {
-        let (started, count) = (self.started, self.threads.len());
+        let (started, count) = (self.started, self.readers.len());
         let seen = self.finish().into_iter().map(Result::unwrap).reduce(Seen::and).unwrap();
         let (time, Seen { reads, failed, longest, .. }) = (started.elapsed(), &seen);
         #[allow(clippy::print_stdout, reason = "a figure of a test, shown when asked for")]
