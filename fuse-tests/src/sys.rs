@@ -40,6 +40,22 @@ pub fn clone_fuse(fuse: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     if result == 0 { Ok(device.into()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Fills a memory file with garbage, also one that write(2) does not reach (`memfd_secret`).
+///
+/// # Errors
+/// As `mmap(2)`.
+pub fn spoil(file: BorrowedFd<'_>) -> io::Result<()> {
+    let length = usize::try_from(rustix::fs::fstat(file)?.st_size).map_err(io::Error::other)?;
+    // SAFETY: no address is asked for, so no mapping of this program is replaced.
+    let start = unsafe {
+        mmap(ptr::null_mut(), length, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, file, 0)
+    }?;
+    // SAFETY: the mapping is `length` writable bytes and used by nobody else in this program; who shares its pages must bear it.
+    (0..length).for_each(|at| unsafe { start.cast::<u8>().add(at).write_volatile(0xa5) });
+    // SAFETY: the mapping that was made above, not used any more.
+    Ok(unsafe { munmap(start, length) }?)
+}
+
 /// A file in memory, readable.
 pub struct Map {
     start: *mut libc::c_void,

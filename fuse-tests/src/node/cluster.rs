@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use super::kubelet::Volume;
 use crate::backend::{Backend, Kind};
+use crate::stamp::stamp;
 
 /// The namespace of all pods, and their service account, which is also the store's role and policy.
 pub const NAMESPACE: &str = "shop";
@@ -86,6 +87,35 @@ impl Cluster {
             "spec": {"provider": "vault", "parameters": parameters},
         });
         self.write_class(name, &class.to_string());
+    }
+
+    /// Writes a class with one file `value` for readers that judge what they read, refreshed every `age` (`1s`) and never older as
+    /// long as the store answers. Its content is that of [`Cluster::stamp`].
+    ///
+    /// # Panics
+    /// It cannot be written.
+    pub fn stamped_class(&self, name: &str, age: &str) {
+        let object = json!({
+            "objectName": "value", "secretPath": format!("secret/data/{name}"), "secretKey": "value", "encoding": "base64",
+        });
+        let class = json!({
+            "apiVersion": "secrets-store.csi.x-k8s.io/v1",
+            "kind": "SecretProviderClass",
+            "metadata": {"name": name, "namespace": NAMESPACE},
+            "spec": {"provider": "vault", "parameters": {
+                "roleName": ACCOUNT, "objects": json!([object]).to_string(), "refreshInterval": age, "maxAge": age,
+            }},
+        });
+        self.write_class(name, &class.to_string());
+    }
+
+    /// Puts a version of a value with this length into the store.
+    ///
+    /// # Panics
+    /// The store refuses.
+    pub fn stamp(&self, name: &str, version: u32, length: usize) {
+        let value = base64::engine::general_purpose::STANDARD.encode(stamp(version, length));
+        self.store.put(name, &json!({ "value": value }));
     }
 
     /// Writes a class's text in one step.

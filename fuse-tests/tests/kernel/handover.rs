@@ -3,14 +3,11 @@
 use std::fs::File;
 use std::io::Read as _;
 use std::os::unix::fs::FileExt as _;
-use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use fuse_tests::agent::{Agent, Command};
 use fuse_tests::needs;
+use fuse_tests::readers::Readers;
 use fuse_tests::shim::{Handover, Held, Shim, Worker};
 use fuse_tests::stamp::{Content, check, stamp};
 use fuse_tests::wait::{SOON, pause, until_true};
@@ -20,71 +17,18 @@ use super::AGENT;
 const READERS: usize = 8;
 const KILLS: u32 = 20;
 
-/// What all readers saw.
-#[derive(Default)]
-struct Seen {
-    stop: AtomicBool,
-    reads: AtomicU64,
-    aborted: AtomicU64,
+/// Readers of one file.
+fn crowd(held: &Held) -> Readers {
+    Readers::start((0..READERS).map(|_| held.mounted.join("a")))
 }
 
-/// Readers of one file: each value whole, none older than one seen before, no error but ECONNABORTED, which is counted.
-struct Crowd {
-    seen: Arc<Seen>,
-    threads: Vec<JoinHandle<Result<u32, String>>>,
-}
-
-impl Crowd {
-    fn new(held: &Held) -> Self {
-        let seen = Arc::<Seen>::default();
-        let path = held.mounted.join("a");
-        let start = |_| {
-            let (path, seen) = (path.clone(), Arc::clone(&seen));
-            std::thread::spawn(move || read(&path, &seen))
-        };
-        let threads = (0..READERS).map(start).collect();
-        Self { seen, threads }
-    }
-
-    fn reads(&self) -> u64 {
-        self.seen.reads.load(Ordering::Relaxed)
-    }
-
-    /// All readers get on: each of them read something since.
-    fn goes_on(&self) {
-        let before = self.reads();
-        until_true("reads", SOON, || self.reads() > before + 3 * READERS as u64);
-    }
-
-    /// Reads in all, and those that were aborted.
-    fn finish(self, newest: u32) -> (u64, u64) {
-        self.seen.stop.store(true, Ordering::Release);
-        for thread in self.threads {
-            assert!(thread.join().unwrap().unwrap() <= newest);
-        }
-        (self.seen.reads.load(Ordering::Relaxed), self.seen.aborted.load(Ordering::Relaxed))
-    }
-}
-
-fn read(path: &PathBuf, seen: &Seen) -> Result<u32, String> {
-    let mut newest = 0;
-    while !seen.stop.load(Ordering::Acquire) {
-        let value = match std::fs::read(path) {
-            Ok(value) => value,
-            Err(error) if error.raw_os_error() == Some(libc::ECONNABORTED) => {
-                seen.aborted.fetch_add(1, Ordering::Relaxed);
-                continue;
-            }
-            Err(error) => return Err(error.to_string()),
-        };
-        let version = check(&value)?;
-        if version < newest {
-            return Err(format!("{version} after {newest}"));
-        }
-        newest = version;
-        seen.reads.fetch_add(1, Ordering::Relaxed);
-    }
-    Ok(newest)
+/// Reads in all, and those that were aborted: no other fails.
+fn finish(readers: Readers, newest: u32) -> (u64, u64) {
+    let mut seen = readers.report("agents of a test");
+    assert!(seen.version <= newest);
+    let aborted = seen.failed.remove(&libc::ECONNABORTED).unwrap_or(0);
+    assert!(seen.failed.is_empty(), "{seen:?}");
+    (seen.reads, aborted)
 }
 
 fn content(version: u32) -> Vec<Content> {
@@ -106,9 +50,9 @@ fn begin(handover: Handover) -> (Shim, Worker, Held) {
 /// Kills one agent after the other amid reads. Returns reads in all, and those that were aborted.
 fn kill_again_and_again(handover: Handover) -> (u64, u64) {
     let (shim, mut worker, held) = begin(handover);
-    let crowd = Crowd::new(&held);
+    let readers = crowd(&held);
     for round in 1..=KILLS {
-        crowd.goes_on();
+        readers.go_on();
         install(&mut worker, &held, round + 1);
         let next = shim.worker(AGENT);
         // At another moment of the switch each time.
@@ -117,8 +61,8 @@ fn kill_again_and_again(handover: Handover) -> (u64, u64) {
         shim.adopt(&next, &held);
         worker = next;
     }
-    crowd.goes_on();
-    let (reads, aborted) = crowd.finish(KILLS + 1);
+    readers.go_on();
+    let (reads, aborted) = finish(readers, KILLS + 1);
     until_true("the newest", SOON, || check(&held.mounted.read("a")) == Ok(KILLS + 1));
     held.mounted.unmount();
     (reads, aborted)
@@ -145,17 +89,17 @@ fn a_killed_agent_fails_the_requests_that_it_had_read_and_no_other_where_none_is
 
 fn hand_over_again_and_again(handover: Handover) {
     let (shim, mut worker, held) = begin(handover);
-    let crowd = Crowd::new(&held);
+    let readers = crowd(&held);
     let mut other = shim.worker(AGENT);
     for round in 1..=KILLS {
-        crowd.goes_on();
+        readers.go_on();
         install(&mut worker, &held, round + 1);
         shim.drain(&worker, &held);
         shim.adopt(&other, &held);
         std::mem::swap(&mut worker, &mut other);
     }
-    crowd.goes_on();
-    let (reads, aborted) = crowd.finish(KILLS + 1);
+    readers.go_on();
+    let (reads, aborted) = finish(readers, KILLS + 1);
     assert_eq!(aborted, 0, "of {reads} reads");
     held.mounted.unmount();
 }

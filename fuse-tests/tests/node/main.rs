@@ -2,6 +2,14 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "what fails in here is a test that fails")]
 
+/// Processes that are killed.
+mod kills;
+/// Agents beside agents.
+mod handover;
+/// Agents and stores that stay away, and states that are broken.
+mod outage;
+/// What these begin with.
+mod stage;
 mod life;
 
 /// The shim stands beside it.
