@@ -334,7 +334,7 @@ mod tests {
         assert_eq!((early.healed, early.failed.len()), (0, 4), "three in the pod, one here");
         assert!(early.failed.iter().all(|(.., reason)| reason.contains("not covered on the host")));
         drop(life);
-        assert!(mount::is_dead(&target, dead).unwrap());
+        assert!(mount::is_dead(target.path(), dead).unwrap());
         assert!(within(&pod, &read).unwrap_err().contains("not connected"));
 
         let (_new, _life) = publish(&target, "two");
