@@ -146,7 +146,9 @@ impl Keeper {
         let root = Root::open(&settings.kubelet_root).map_err(io::Error::other)?;
         let listener = agents::listen(&settings)?;
         let mut machine = Machine::new(settings.gap_deadline);
-        let mounts = mountinfo::read()?;
+        // Another driver on this node has another root.
+        let mut mounts = mountinfo::read()?;
+        mounts.retain(|entry| root.holds(&entry.point));
         for volume in mounts.iter().filter_map(mountinfo::Entry::volume) {
             machine.handle(Event::Found(volume.into()), Instant::now());
         }
@@ -196,7 +198,8 @@ impl Keeper {
                     tracing::warn!(volume, target = ?entry.point, "its mount is dead; its next publish replaces it");
                     dead.insert(Name::from(volume));
                 }
-                Err(error) => tracing::warn!(volume, %error, "cannot tell whether its mount is dead"),
+                // Taken away, or covered, meanwhile.
+                Err(error) => tracing::debug!(volume, %error, "cannot tell whether its mount is dead"),
             }
         }
         tracing::info!(dead = dead.len(), "looked for dead mounts of before");

@@ -93,8 +93,11 @@ fn a_killed_dev_leaves_a_dead_mount_and_a_token_which_the_next_one_takes_away() 
     let Some(world) = World::new() else { return };
     for user in [0, NOBODY] {
         let program = || if user == 0 { world.program() } else { world.program_as(user) };
-        let home =
-            if user == 0 { "/run/fuse-secrets/agents".to_owned() } else { format!("/run/user/{user}/fuse-secrets") };
+        let home = if user == 0 {
+            "/run/fuse-secrets/agents".to_owned()
+        } else {
+            format!("/run/user/{user}/fuse-secrets")
+        };
         let directory = format!("{home}/dev");
         let mut dev = Process::start(program().arg("dev"));
         dev.says(READY);

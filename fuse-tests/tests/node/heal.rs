@@ -136,7 +136,8 @@ fn when_all_processes_were_killed_the_next_publish_heals_every_pod_again_and_aga
     std::fs::create_dir(&mapped).unwrap();
     std::fs::write(&file, "").unwrap();
     // A subPath as kubelet prepares it, on the host.
-    let prepared = a.target.parent().unwrap().with_file_name("prepared");
+    let prepared = a.target.ancestors().nth(4).unwrap().join("volume-subpaths/secrets/app/0");
+    std::fs::create_dir_all(prepared.parent().unwrap()).unwrap();
     std::fs::write(&prepared, "").unwrap();
     mount_bind(a.join("password"), &prepared).unwrap();
 
@@ -193,7 +194,10 @@ fn when_all_processes_were_killed_the_next_publish_heals_every_pod_again_and_aga
         put(&node, &value);
         let begun = Instant::now();
         republish(&node, &[&a, &b]);
-        report(&format!("round {round}: both published after {:?}; {refused} reads got ENOTCONN", begun.elapsed()));
+        report(&format!(
+            "round {round}: both published after {:?}; {refused} reads got ENOTCONN",
+            begun.elapsed()
+        ));
         for (name, pod, paths) in &mut pods {
             for path in paths {
                 until("a pod is healed", PATIENCE, || pod.read(path).ok().filter(|read| *read == value));
@@ -201,7 +205,9 @@ fn when_all_processes_were_killed_the_next_publish_heals_every_pod_again_and_aga
             report(&format!("round {round}: {name}: healed after {:?}", begun.elapsed()));
         }
         for path in &host {
-            until_true("the host is healed", PATIENCE, || std::fs::read_to_string(path).ok() == Some(value.clone()));
+            until_true("the host is healed", PATIENCE, || {
+                std::fs::read_to_string(path).ok() == Some(value.clone())
+            });
         }
         assert!(!node.shim().log().contains("cannot be replaced"));
     }
@@ -287,7 +293,10 @@ fn both_told_to_end_at_once_do_and_the_next_publish_makes_the_volume_work() {
     let agent = until("the agent ends", PATIENCE, || node.agents()[0].process.ended());
     let took = begun.elapsed();
     let shim = until("the shim ends", PATIENCE, || node.shim().ended());
-    report(&format!("the agent ended after {took:?} with {agent}, the shim after {:?} with {shim}", begun.elapsed()));
+    report(&format!(
+        "the agent ended after {took:?} with {agent}, the shim after {:?} with {shim}",
+        begun.elapsed()
+    ));
     assert_eq!((agent.code(), shim.code()), (Some(0), Some(0)));
     node.agents().clear();
     node.start_shim(&[]);
@@ -314,7 +323,7 @@ fn a_shim_that_is_killed_in_the_middle_of_publishes_leaves_nothing_behind() {
             node.spawn(async move { kubelet.publish(&volume).await })
         };
         // Spread over what a publish takes.
-        pause(Duration::from_millis(round * 3 / 2));
+        pause(Duration::from_micros(round * 600));
         node.shim().kill();
         let outcome = node.block_on(begun).unwrap();
         let mounted = mounts_below(&node.path().join("kubelet")) > before.0.mounts;

@@ -14,7 +14,7 @@ use tokio::sync::OwnedMutexGuard;
 use super::*;
 use crate::heal;
 use crate::mount::Detached;
-use crate::mountinfo::Device;
+use crate::mountinfo::{Device, Entry};
 use crate::target::{Occupant, Target};
 
 /// Calls that are worked on or wait for their volume.
@@ -87,12 +87,13 @@ impl Keeper {
             return Err(Refusal::new(code::NOT_FOUND, format!("no volume {volume}")));
         }
         let agent = self.forget(&volume);
-        let name = Name::clone(&volume);
+        let (inner, name) = (Arc::clone(&self.0), Name::clone(&volume));
         blocking(move || {
             let failed =
                 |error: io::Error| Refusal::new(code::INTERNAL, format!("cannot abort {name}: {error}"));
             let ours = mountinfo::read().map_err(failed)?;
-            for entry in ours.iter().filter(|entry| entry.volume() == Some(&name)) {
+            let is = |entry: &&Entry| entry.volume() == Some(&name) && inner.root.holds(&entry.point);
+            for entry in ours.iter().filter(is) {
                 let flags = UnmountFlags::FORCE | UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
                 unmount(&entry.point, flags).map_err(|error| failed(error.into()))?;
             }
@@ -232,7 +233,7 @@ impl Keeper {
             Ok(Message::Done(done)) => {
                 let healing = dead.map(|dead| (dead, pod));
                 self.show(mount, target, healing).await.map(|()| done.warnings)
-            },
+            }
             other => Err(why(other)),
         };
         match outcome {
