@@ -119,28 +119,30 @@ fn cover(process: u32, dead: Device, new: &Path) -> io::Result<Vec<(PathBuf, io:
     if mount::device(new.as_fd())? == dead {
         return Err(io::Error::other("the dead mount is not covered on the host"));
     }
-    let pairs: Vec<_> = dead_points(process, dead)?
-        .into_iter()
-        .map(|entry| {
-            let pair = point(root.as_fd(), &entry)
-                .and_then(|point| Ok((clone(new.as_fd(), &entry, users.as_fd())?, point)));
-            (entry.point, pair)
-        })
-        .collect();
+    let mut pairs = Vec::new();
+    for entry in dead_points(process, dead)? {
+        let pair = match point(root.as_fd(), &entry) {
+            Ok(None) => continue,
+            Ok(Some(point)) => clone(new.as_fd(), &entry, users.as_fd()).map(|clone| (clone, point)),
+            Err(error) => Err(error),
+        };
+        pairs.push((entry.point, pair));
+    }
     move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Mount))?;
     let attach = |(clone, point): (OwnedFd, OwnedFd)| mount::move_onto(clone.as_fd(), point.as_fd());
     Ok(pairs.into_iter().map(|(path, pair)| (path, pair.and_then(attach))).collect())
 }
 
-/// The root of a dead mount, found where it is said to be.
-fn point(root: BorrowedFd<'_>, entry: &Entry) -> io::Result<OwnedFd> {
+/// The root of a dead mount, found where it is said to be. `None`: the path leads elsewhere, so that nobody can reach this
+/// one. A bind on the host has its like in the mount that it was bound from, below what covers that.
+fn point(root: BorrowedFd<'_>, entry: &Entry) -> io::Result<Option<OwnedFd>> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-    let point = openat2(root, &entry.point, flags, Mode::empty(), resolve)?;
-    if mount::identity(point.as_fd())? != (entry.id, entry.device) {
-        return Err(io::Error::other("the dead mount is not what the path leads to"));
-    }
-    Ok(point)
+    let point = match openat2(root, &entry.point, flags, Mode::empty(), resolve) {
+        Err(Errno::NOENT | Errno::NOTDIR) => return Ok(None),
+        opened => opened?,
+    };
+    Ok((mount::identity(point.as_fd())? == (entry.id, entry.device)).then_some(point))
 }
 
 /// A detached mount of the same part of the new file system, owners mapped as they were. Private, for what a pod mounts on it
@@ -334,7 +336,7 @@ mod tests {
         assert_eq!((early.healed, early.failed.len()), (0, 4), "three in the pod, one here");
         assert!(early.failed.iter().all(|(.., reason)| reason.contains("not covered on the host")));
         drop(life);
-        assert!(mount::is_dead(&target, dead).unwrap());
+        assert!(mount::is_dead(target.path(), dead).unwrap());
         assert!(within(&pod, &read).unwrap_err().contains("not connected"));
 
         let (_new, _life) = publish(&target, "two");

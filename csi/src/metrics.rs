@@ -56,6 +56,7 @@ table! {
     hung: "counter" "worker_kills_total" = "Agents that hung and were killed.";
     failed: "counter" "eio_answers_total" = "Requests that got EIO because no agent was there.";
     heals: "counter" "heals_total" = "Dead mounts that were replaced in pods.";
+    dead: "gauge" "dead_mounts" = "Mounts that were dead when the shim started and were not published since.";
     volumes: "gauge" "volumes" = "Volumes that are kept.";
     agents: "gauge" "agents" = "Agents that are attached.";
 }

@@ -160,8 +160,8 @@ pub(crate) fn identity(of: BorrowedFd<'_>) -> io::Result<(u64, Device)> {
 ///
 /// # Errors
 /// Something else is on the target; as openat2(2).
-pub(crate) fn is_dead(target: &Target, mount: Device) -> io::Result<bool> {
-    let path = target.path().to_owned();
+pub(crate) fn is_dead(target: &Path, mount: Device) -> io::Result<bool> {
+    let path = target.to_owned();
     let ask = move || {
         let top = open_handle(&path)?;
         if device(top.as_fd())? != mount {
@@ -306,9 +306,9 @@ mod tests {
         let target = node.target("mount");
         let (fuse, mount) = create("csi-1", &options()).unwrap();
         let first = mount.attach(&target).unwrap();
-        assert!(!is_dead(&target, first).unwrap(), "nobody serves it, but somebody may");
+        assert!(!is_dead(target.path(), first).unwrap(), "nobody serves it, but somebody may");
         drop(fuse);
-        assert!(is_dead(&target, first).unwrap());
+        assert!(is_dead(target.path(), first).unwrap());
 
         let target = node.root.resolve(target.path()).unwrap();
         assert!(!target.create().unwrap(), "there is a directory below");
@@ -317,8 +317,8 @@ mod tests {
         assert_ne!(first, second);
         let ours = Occupant::Ours { volume: "csi-1".to_owned(), device: second };
         assert_eq!(target.occupant(&mountinfo::read().unwrap()), ours);
-        assert!(!is_dead(&target, second).unwrap());
-        assert!(is_dead(&target, first).unwrap_err().to_string().contains("another mount"));
+        assert!(!is_dead(target.path(), second).unwrap());
+        assert!(is_dead(target.path(), first).unwrap_err().to_string().contains("another mount"));
     }
 
     #[test]
@@ -367,7 +367,7 @@ mod tests {
             reply[at..at + 4].copy_from_slice(&number.to_ne_bytes());
         }
         rustix::io::write(&fuse, &reply).unwrap();
-        std::thread::spawn(move || is_dead(&target, device));
+        std::thread::spawn(move || is_dead(target.path(), device));
         rustix::io::read(&fuse, &mut request).unwrap();
         assert_eq!(request[4..8], 3_u32.to_ne_bytes(), "FUSE_GETATTR");
         rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL).unwrap();
@@ -390,6 +390,6 @@ mod tests {
         let Occupant::Ours { device, .. } = target.occupant(&mountinfo::read().unwrap()) else {
             panic!("nothing was mounted");
         };
-        assert!(is_dead(&target, device).unwrap());
+        assert!(is_dead(target.path(), device).unwrap());
     }
 }

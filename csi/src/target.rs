@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, mkdirat, openat2, unlinkat};
+use rustix::fs::{AtFlags, Dir, Mode, OFlags, ResolveFlags, mkdirat, openat2, unlinkat};
 use rustix::io::Errno;
 
 use crate::mountinfo::{Device, Entry, topmost};
@@ -143,6 +143,24 @@ impl Target {
             Err(Errno::EXIST) => self.open().map(|_| false),
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// Whether it does not exist or holds nothing. Only while nothing is mounted on it: this looks inside.
+    ///
+    /// # Errors
+    /// A loop if it is a link, NotADirectory; as getdents(2).
+    pub(crate) fn is_empty(&self) -> io::Result<bool> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let inside = match openat2(&self.parent, &self.name, flags, Mode::empty(), NO_LINKS) {
+            Err(Errno::NOENT) => return Ok(true),
+            opened => Dir::new(opened?)?,
+        };
+        for entry in inside {
+            if !matches!(entry?.file_name().to_bytes(), b"." | b"..") {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Removes the directory; that there is none is no error.

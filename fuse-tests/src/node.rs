@@ -249,6 +249,14 @@ impl Node {
         self.runtime.block_on(future)
     }
 
+    /// Runs a future beside the test.
+    pub fn spawn<F>(&self, future: F) -> tokio::task::JoinHandle<F::Output>
+    where
+        F: Future<Output: Send> + Send + 'static,
+    {
+        self.runtime.spawn(future)
+    }
+
     /// A pod's volume of a class in the namespace `shop`, with a fresh token of the service account `app`: not published yet.
     ///
     /// # Panics

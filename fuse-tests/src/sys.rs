@@ -56,6 +56,27 @@ pub fn spoil(file: BorrowedFd<'_>) -> io::Result<()> {
     Ok(unsafe { munmap(start, length) }?)
 }
 
+/// Maps the owners of a detached mount into a user namespace, as a container runtime does for `hostUsers: false`.
+///
+/// # Errors
+/// As `mount_setattr(2)`.
+pub fn map_owners(mount: BorrowedFd<'_>, users: BorrowedFd<'_>) -> io::Result<()> {
+    let attributes = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_IDMAP,
+        attr_clr: 0,
+        propagation: libc::MS_PRIVATE,
+        userns_fd: u64::from(users.as_raw_fd().cast_unsigned()),
+    };
+    let (path, size) = (c"".as_ptr(), size_of::<libc::mount_attr>());
+    // SAFETY: the kernel reads an empty, terminated path and `size` bytes of a structure that outlives the call; both
+    // descriptors are open, as the borrows prove. It writes nothing.
+    let result = unsafe {
+        let mount = mount.as_raw_fd();
+        libc::syscall(libc::SYS_mount_setattr, mount, path, libc::AT_EMPTY_PATH, &raw const attributes, size)
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// A file in memory, readable.
 pub struct Map {
     start: *mut libc::c_void,

@@ -1,18 +1,19 @@
-//! Where agents of one user meet: a directory that nobody else may enter.
+//! Where agents of one user meet: a directory that nobody else may enter. Root's lies in one that everybody may pass, because the
+//! shim's socket, which is not for root alone, is its neighbour (`/run/fuse-secrets/node`).
 
 use std::ffi::OsStr;
-use std::fs::Metadata;
+use std::fs::{Metadata, Permissions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-/// The runtime directory of the present user: `/run/fuse-secrets` for root, else `$XDG_RUNTIME_DIR/fuse-secrets`, else a
+/// The runtime directory of the present user: `/run/fuse-secrets/agents` for root, else `$XDG_RUNTIME_DIR/fuse-secrets`, else a
 /// directory in /tmp that carries the user's number.
 #[must_use]
 pub fn directory() -> PathBuf {
     let user = rustix::process::geteuid().as_raw();
     if user == 0 {
-        return PathBuf::from("/run/fuse-secrets");
+        return PathBuf::from("/run/fuse-secrets/agents");
     }
     match std::env::var_os("XDG_RUNTIME_DIR") {
         Some(runtime) if Path::new(&runtime).is_absolute() => Path::new(&runtime).join("fuse-secrets"),
@@ -21,12 +22,22 @@ pub fn directory() -> PathBuf {
 }
 
 /// Makes a directory that only the present user may enter, or checks one that is there: in /tmp somebody else may have made it
-/// first.
+/// first. A parent that is missing is made for everybody to pass.
 ///
 /// # Errors
 /// It cannot be made, is not a directory, belongs to somebody else, or others may enter it.
 pub fn make_private(path: &Path) -> io::Result<()> {
-    match std::fs::DirBuilder::new().mode(0o700).create(path) {
+    let make = || std::fs::DirBuilder::new().mode(0o700).create(path);
+    let made = match (make(), path.parent()) {
+        (Err(error), Some(parent)) if error.kind() == io::ErrorKind::NotFound => {
+            std::fs::create_dir(parent)?;
+            // Whatever the umask.
+            std::fs::set_permissions(parent, Permissions::from_mode(0o755))?;
+            make()
+        }
+        (made, _) => made,
+    };
+    match made {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         other => return other,
     }
@@ -72,18 +83,17 @@ fn is_private(found: &Metadata, owner: u32) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
-
     use super::*;
 
     #[test]
     fn a_runtime_directory_that_others_may_enter_is_refused() {
         let parent = tempfile::tempdir().unwrap();
-        let made = parent.path().join("made");
+        let made = parent.path().join("passed/made");
         make_private(&made).unwrap();
         make_private(&made).unwrap();
-        assert_eq!(std::fs::metadata(&made).unwrap().mode() & 0o777, 0o700);
-        std::fs::set_permissions(&made, std::fs::Permissions::from_mode(0o750)).unwrap();
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().mode() & 0o777;
+        assert_eq!((mode(&made), mode(made.parent().unwrap())), (0o700, 0o755));
+        std::fs::set_permissions(&made, Permissions::from_mode(0o750)).unwrap();
         assert!(make_private(&made).unwrap_err().to_string().contains("mode 0700"));
         let link = parent.path().join("link");
         std::os::unix::fs::symlink(parent.path(), &link).unwrap();

@@ -95,6 +95,8 @@ struct Inner {
 struct Kept {
     machine: Machine,
     volumes: BTreeMap<Name, Held>,
+    /// Mounts of before that were dead when this shim started.
+    dead: BTreeSet<Name>,
     agents: BTreeMap<u64, Agent>,
     supervisors: BTreeMap<u64, agents::Supervisor>,
     next: u64,
@@ -114,6 +116,11 @@ impl Kept {
     fn number(&mut self) -> u64 {
         self.next += 1;
         self.next
+    }
+
+    /// Whether a volume's mount has lost its connection: its next publish replaces it.
+    fn is_dead(&self, volume: &str) -> bool {
+        self.volumes.get(volume).map_or_else(|| self.dead.contains(volume), Held::is_dead)
     }
 
     /// Volumes with readers that wait.
@@ -152,6 +159,7 @@ impl Keeper {
         let kept = Kept {
             machine,
             volumes: BTreeMap::new(),
+            dead: BTreeSet::new(),
             agents: BTreeMap::new(),
             supervisors: BTreeMap::new(),
             next: 0,
@@ -166,6 +174,8 @@ impl Keeper {
             turns: Mutex::default(),
         }));
         tokio::spawn(keeper.clone().accept(listener));
+        let looking = keeper.clone();
+        drop(tokio::task::spawn_blocking(move || looking.look_for_dead(&mounts)));
         let ticking = keeper.clone();
         tokio::spawn(async move {
             let mut every = tokio::time::interval(TICK);
@@ -175,6 +185,25 @@ impl Keeper {
             }
         });
         Ok(keeper)
+    }
+
+    /// Tells which mounts of before nobody can serve any more: all processes that had their connections were killed.
+    fn look_for_dead(&self, mounts: &[mountinfo::Entry]) {
+        let mut dead = BTreeSet::new();
+        for entry in mounts.iter().filter(|entry| entry.root == Path::new("/") && !entry.is_covered(mounts)) {
+            let Some(volume) = entry.volume() else { continue };
+            match mount::is_dead(&entry.point, entry.device) {
+                Ok(false) => {}
+                Ok(true) => {
+                    tracing::warn!(volume, target = ?entry.point, "its mount is dead; its next publish replaces it");
+                    dead.insert(Name::from(volume));
+                }
+                // Taken away, or covered, meanwhile.
+                Err(error) => tracing::debug!(volume, %error, "cannot tell whether its mount is dead"),
+            }
+        }
+        tracing::info!(dead = dead.len(), "looked for dead mounts of before");
+        self.kept().dead = dead;
     }
 
     /// Waits until living agents hold every volume, so that the shim may go; `false`: not by then.
@@ -187,7 +216,7 @@ impl Keeper {
         let kept = self.kept();
         let status = |(name, state): (&Name, State)| {
             let held = kept.volumes.get(name);
-            let dead = held.is_some_and(Held::is_dead) && !matches!(state, State::Publishing(_));
+            let dead = kept.is_dead(name) && !matches!(state, State::Publishing(_));
             VolumeStatus {
                 volume: name.to_string(),
                 target: held.map_or_else(String::new, |held| held.target.clone()),
@@ -231,6 +260,8 @@ impl Keeper {
         let actions = kept.machine.handle(event, Instant::now());
         self.0.metrics.volumes.set(kept.machine.states().count());
         self.0.metrics.agents.set(kept.agents.len());
+        let still = |name: &&Name| kept.machine.state(name) == Some(State::Unclaimed);
+        self.0.metrics.dead.set(kept.dead.iter().filter(still).count());
         drop(kept);
         self.0.changed.send_replace(());
         for action in actions {

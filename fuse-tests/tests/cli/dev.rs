@@ -9,7 +9,7 @@ use crate::world::{NOBODY, World};
 /// What `dev` puts into its store.
 const VALUES: [&str; 2] = ["correct-horse-battery-staple", "demo-0000-1111-2222"];
 const READY: &str = "Ctrl-C";
-const DIRECTORY: &str = "/run/fuse-secrets/dev";
+const DIRECTORY: &str = "/run/fuse-secrets/agents/dev";
 
 /// What it printed as something to try, as one shell would read it.
 fn printed_curl(text: &str) -> String {
@@ -93,8 +93,11 @@ fn a_killed_dev_leaves_a_dead_mount_and_a_token_which_the_next_one_takes_away() 
     let Some(world) = World::new() else { return };
     for user in [0, NOBODY] {
         let program = || if user == 0 { world.program() } else { world.program_as(user) };
-        let home =
-            if user == 0 { "/run/fuse-secrets".to_owned() } else { format!("/run/user/{user}/fuse-secrets") };
+        let home = if user == 0 {
+            "/run/fuse-secrets/agents".to_owned()
+        } else {
+            format!("/run/user/{user}/fuse-secrets")
+        };
         let directory = format!("{home}/dev");
         let mut dev = Process::start(program().arg("dev"));
         dev.says(READY);
@@ -184,7 +187,7 @@ fn two_run_beside_each_other_and_both_are_listed() {
     one.end_by(Signal::INT);
     let listed = run(world.program().arg("mounts"));
     assert!(!listed.out.contains(DIRECTORY) && listed.out.contains("/tmp/other"), "{}", listed.out);
-    assert_eq!(headers("/run/fuse-secrets"), [format!("dev-{}.header", other.id())]);
+    assert_eq!(headers("/run/fuse-secrets/agents"), [format!("dev-{}.header", other.id())]);
     other.end_by(Signal::INT);
 }
 

@@ -156,7 +156,7 @@ fn sockets_of_killed_agents_are_cleaned_and_not_asked_for() {
     let Some(world) = World::new() else { return };
     let store = Store::start();
     let agent = mounted(&world, &store, "mnt");
-    let socket = format!("/run/fuse-secrets/agent-{}.sock", agent.id());
+    let socket = format!("/run/fuse-secrets/agents/agent-{}.sock", agent.id());
     agent.end_by(Signal::KILL);
     assert!(std::path::Path::new(&socket).exists());
     let listed = run(world.program().arg("mounts"));

@@ -10,7 +10,15 @@ mod handover;
 mod outage;
 /// What these begin with.
 mod stage;
+/// What root does by hand, and volumes that go while they are used.
+mod abort;
+/// The death of everything.
+mod heal;
 mod life;
+/// Processes in namespaces of their own.
+mod pod;
+/// Targets on which something else lies.
+mod takeover;
 
 /// The shim stands beside it.
 const SIBLING: &str = env!("CARGO_BIN_EXE_test-agent");

@@ -14,7 +14,7 @@ use tokio::sync::OwnedMutexGuard;
 use super::*;
 use crate::heal;
 use crate::mount::Detached;
-use crate::mountinfo::Device;
+use crate::mountinfo::{Device, Entry};
 use crate::target::{Occupant, Target};
 
 /// Calls that are worked on or wait for their volume.
@@ -56,7 +56,7 @@ impl node::Volumes for Keeper {
             if held.is_some_and(|held| Path::new(&held.target) != target) {
                 return Err(missing());
             }
-            (held.is_some_and(Held::is_dead), kept.link(state.agent()))
+            (kept.is_dead(volume), kept.link(state.agent()))
         };
         if dead {
             return faulty("the mount is dead; the next publish replaces it");
@@ -87,12 +87,13 @@ impl Keeper {
             return Err(Refusal::new(code::NOT_FOUND, format!("no volume {volume}")));
         }
         let agent = self.forget(&volume);
-        let name = Name::clone(&volume);
+        let (inner, name) = (Arc::clone(&self.0), Name::clone(&volume));
         blocking(move || {
             let failed =
                 |error: io::Error| Refusal::new(code::INTERNAL, format!("cannot abort {name}: {error}"));
             let ours = mountinfo::read().map_err(failed)?;
-            for entry in ours.iter().filter(|entry| entry.volume() == Some(&name)) {
+            let is = |entry: &&Entry| entry.volume() == Some(&name) && inner.root.holds(&entry.point);
+            for entry in ours.iter().filter(is) {
                 let flags = UnmountFlags::FORCE | UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
                 unmount(&entry.point, flags).map_err(|error| failed(error.into()))?;
             }
@@ -116,7 +117,7 @@ impl Keeper {
         blocking(move || {
             let Some(target) = found else { return Ok(()) };
             mount::detach_all(&target).and_then(|_| target.remove()).map_err(|error| {
-                Refusal::new(code::INTERNAL, format!("cannot unmount {:?}: {error}", target.path()))
+                Refusal::new(code::INTERNAL, format!("cannot take {:?} away: {error}", target.path()))
             })
         })
         .await?;
@@ -139,9 +140,15 @@ impl Keeper {
             let failed = |error| Refusal::new(code::INTERNAL, format!("cannot look at {path:?}: {error}"));
             let mounts = mountinfo::read().map_err(failed)?;
             Ok(match target.occupant(&mounts) {
-                Occupant::Nothing => Some((target, None)),
+                Occupant::Nothing => {
+                    if !target.is_empty().map_err(failed)? {
+                        let text = format!("{path:?} holds files, which a mount would hide; move them away");
+                        return Err(Refusal::new(code::FAILED_PRECONDITION, text));
+                    }
+                    Some((target, None))
+                }
                 Occupant::Ours { volume: ours, device }
-                    if *ours == *volume && mount::is_dead(&target, device).map_err(failed)? =>
+                    if *ours == *volume && mount::is_dead(target.path(), device).map_err(failed)? =>
                 {
                     Some((target, Some(device)))
                 }
@@ -212,7 +219,7 @@ impl Keeper {
         let pod = |key| publish.pod.get(key).map_or("", String::as_str);
         let pod = [pod("csi.storage.k8s.io/pod.namespace"), pod("csi.storage.k8s.io/pod.name")].join("/");
         let shown = publish.target.to_string_lossy().into_owned();
-        let held = Held { fuse: Arc::new(fuse), parts: BTreeMap::new(), target: shown, pod };
+        let held = Held { fuse: Arc::new(fuse), parts: BTreeMap::new(), target: shown, pod: pod.clone() };
         self.apply_if(|kept| {
             let most = self.0.settings.max_volumes;
             if kept.machine.state(name).is_none() && kept.machine.states().count() >= most {
@@ -223,7 +230,10 @@ impl Keeper {
             Ok(Event::Publishing(Name::clone(name), agent))
         })?;
         let outcome = match link.ask(&order(publish), vec![lent], Instant::now() + FETCH).await {
-            Ok(Message::Done(done)) => self.show(mount, target, dead).await.map(|()| done.warnings),
+            Ok(Message::Done(done)) => {
+                let healing = dead.map(|dead| (dead, pod));
+                self.show(mount, target, healing).await.map(|()| done.warnings)
+            }
             other => Err(why(other)),
         };
         match outcome {
@@ -233,8 +243,13 @@ impl Keeper {
         outcome
     }
 
-    /// Attaches a mount; over a dead one, also in the pods that have that.
-    async fn show(&self, mount: Detached, target: Target, dead: Option<Device>) -> Result<(), Refusal> {
+    /// Attaches a mount; over a dead one, also wherever else that is: in the pod of this name, and what is bound from it.
+    async fn show(
+        &self,
+        mount: Detached,
+        target: Target,
+        healing: Option<(Device, String)>,
+    ) -> Result<(), Refusal> {
         let inner = Arc::clone(&self.0);
         let target = blocking(move || {
             let failed = |error: &dyn ToString| Refusal::new(code::INTERNAL, error.to_string());
@@ -250,12 +265,13 @@ impl Keeper {
             Ok(target)
         });
         let target = target.await?;
-        if let Some(dead) = dead {
+        if let Some((dead, pod)) = healing {
             drop(tokio::task::spawn_blocking(move || {
-                let report = heal::heal(dead, &target);
+                let (begun, report) = (Instant::now(), heal::heal(dead, &target));
                 inner.metrics.heals.add(report.healed);
+                tracing::info!(pod, healed = report.healed, took = ?begun.elapsed(), "dead mounts were replaced");
                 for (pid, point, why) in report.failed {
-                    tracing::warn!(pid, ?point, why, "a dead mount that cannot be replaced; restart its pod");
+                    tracing::warn!(pod, pid, ?point, why, "a dead mount cannot be replaced; restart the pod");
                 }
             }));
         }
