@@ -489,20 +489,6 @@ fn a_shim_that_comes_back_gets_its_volumes_from_the_worker() {
 }
 
 #[test]
-fn a_mount_outside_of_kubelets_directory_is_not_taken_for_the_shims() {
-    in_own_mounts("a_mount_outside_of_kubelets_directory_is_not_taken_for_the_shims", || async {
-        // As `fuse-secrets mount` makes it.
-        let elsewhere = tempfile::tempdir().unwrap();
-        let point = elsewhere.path().join("mount");
-        std::fs::create_dir(&point).unwrap();
-        let (_fuse, mount) = mount::create("fuse-secrets", &child::options()).unwrap();
-        mount.attach(&Root::open(elsewhere.path()).unwrap().resolve(&point).unwrap()).unwrap();
-        let node = Node::start(Handover::Resend, Duration::from_secs(60)).await;
-        assert!(node.keeper.status().volumes.is_empty());
-    });
-}
-
-#[test]
 fn a_mount_that_died_with_all_who_held_it_is_replaced_by_the_next_publish() {
     if child::argument().is_none() {
         return child::in_own_mounts(
