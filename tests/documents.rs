@@ -47,7 +47,7 @@ fn the_metrics_document_has_every_row_of_the_table() {
 }
 
 /// Lines of code that the shim may have, its part of the wire included, without tests, comments and blank lines.
-const SHIM_LINES: usize = 3_500;
+const SHIM_LINES: usize = 3_600;
 
 #[test]
 fn the_shim_is_no_larger_than_the_architecture_says() {
