@@ -238,6 +238,14 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_unit_starts_the_shim_with_flags_that_exist() {
+        let unit = include_str!("../../deploy/systemd/fuse-secrets-csi.service").replace("\\\n", " ");
+        let line = unit.lines().find_map(|line| line.strip_prefix("ExecStart=")).unwrap();
+        let arguments = Arguments::try_parse_from(line.split_whitespace()).unwrap();
+        assert_eq!(arguments.agent_cgroup.as_deref(), Some("/system.slice/fuse-secrets-agent.service"));
+    }
+
+    #[test]
     fn the_configuration_document_has_every_flag_of_the_shim_with_its_default() {
         let command = Arguments::command();
         let row = |argument: &clap::Arg| {
