@@ -1,4 +1,4 @@
-# The program alone in an empty image: no shell, no libc, no embedded store.
+# The program `fuse-secrets` alone in an empty image: no shell, no libc, no embedded store. The shim is not in it.
 #
 #   docker build --target agent -t fuse-secrets .
 #   docker run --rm fuse-secrets doctor

@@ -40,8 +40,64 @@ fn the_metrics_document_has_every_row_of_the_table() {
         format!("| `{}` | {kind} | {} |", row.name, row.help)
     });
     let document = file("docs/metrics.md");
-    let listed: Vec<&str> = document.lines().filter(|line| line.starts_with("| `")).collect();
+    // The shim's are held against its table by a test of its own.
+    let is_agents = |line: &&str| line.starts_with("| `") && !line.starts_with("| `fuse_secrets_csi_");
+    let listed: Vec<&str> = document.lines().filter(is_agents).collect();
     assert_eq!(listed, rows.collect::<Vec<_>>());
+}
+
+/// Lines of code that the shim may have, its part of the wire included, without tests, comments and blank lines.
+const SHIM_LINES: usize = 3_600;
+
+#[test]
+fn the_shim_is_no_larger_than_the_architecture_says() {
+    let is_product = |path: &PathBuf| !path.ends_with("tests.rs") && !path.ends_with("child.rs");
+    let code = |path: PathBuf| {
+        let text = fs::read_to_string(path).unwrap();
+        let (product, _) = text.split_once("#[cfg(test)]\nmod tests {").unwrap_or((&text, ""));
+        let lines = product.lines().map(str::trim);
+        lines.filter(|line| !line.is_empty() && !line.starts_with("//")).count()
+    };
+    let lines: usize = files("csi/src", ".rs").into_iter().filter(is_product).map(code).sum();
+    assert!(lines > 1_000, "{lines}: the shim is not where it was");
+    assert!(lines <= SHIM_LINES, "{lines} lines of code in csi/src, at most {SHIM_LINES}");
+    let limit = format!("{},{:03} lines", SHIM_LINES / 1_000, SHIM_LINES % 1_000);
+    assert!(file("docs/architecture.md").contains(&limit), "docs/architecture.md does not say {limit}");
+}
+
+#[test]
+fn every_link_of_a_document_leads_to_a_file_and_a_heading() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let documents = files("docs", ".md").into_iter().chain(
+        ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "deploy/README.md"]
+            .map(|name| root.join(name)),
+    );
+    let anchor = |heading: &str| -> String {
+        let kept = heading.chars().filter(|c| c.is_alphanumeric() || " -_".contains(*c));
+        kept.collect::<String>().to_lowercase().replace(' ', "-")
+    };
+    let (mut count, mut broken) = (0, Vec::new());
+    for document in documents {
+        let text = fs::read_to_string(&document).unwrap();
+        for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+            if link.contains("://") {
+                continue;
+            }
+            count += 1;
+            let (path, heading) = link.split_once('#').unwrap_or((link, ""));
+            let at = if path.is_empty() { document.clone() } else { document.parent().unwrap().join(path) };
+            let headings = fs::read_to_string(&at).unwrap_or_default();
+            let mut headings = headings.lines().filter(|line| line.starts_with('#'));
+            let leads = at.exists()
+                && (heading.is_empty()
+                    || headings.any(|line| anchor(line.trim_start_matches('#').trim()) == heading));
+            if !leads {
+                broken.push(format!("{}: {link}", document.display()));
+            }
+        }
+    }
+    assert!(count > 30, "{count}");
+    assert!(broken.is_empty(), "{broken:#?}");
 }
 
 #[test]
@@ -101,9 +157,11 @@ fn the_configuration_example_is_good() {
 
 #[test]
 fn the_unit_starts_a_command_that_exists() {
-    let unit = file("examples/fuse-secrets.service").replace("\\\n", " ");
-    let line = unit.lines().find_map(|line| line.strip_prefix("ExecStart=")).unwrap();
-    assert!(Arguments::try_parse_from(line.split_whitespace()).is_ok(), "{line}");
+    for unit in ["examples/fuse-secrets.service", "deploy/systemd/fuse-secrets-agent.service"] {
+        let unit = file(unit).replace("\\\n", " ");
+        let line = unit.lines().find_map(|line| line.strip_prefix("ExecStart=")).unwrap();
+        assert!(Arguments::try_parse_from(line.split_whitespace()).is_ok(), "{line}");
+    }
 }
 
 /// Commands that fail, and the text of docs/errors.md that each prints.

@@ -230,3 +230,38 @@ impl Health for Told {
         self.metrics.text()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_unit_starts_the_shim_with_flags_that_exist() {
+        let unit = include_str!("../../deploy/systemd/fuse-secrets-csi.service").replace("\\\n", " ");
+        let line = unit.lines().find_map(|line| line.strip_prefix("ExecStart=")).unwrap();
+        let arguments = Arguments::try_parse_from(line.split_whitespace()).unwrap();
+        assert_eq!(arguments.agent_cgroup.as_deref(), Some("/system.slice/fuse-secrets-agent.service"));
+    }
+
+    #[test]
+    fn the_configuration_document_has_every_flag_of_the_shim_with_its_default() {
+        let command = Arguments::command();
+        let row = |argument: &clap::Arg| {
+            let default = argument.get_default_values().first().map(|default| default.to_string_lossy());
+            let default = default.map_or("none".to_owned(), |default| format!("`{default}`"));
+            Some(format!("| `--{}` | {default} |", argument.get_long()?))
+        };
+        let flags: Vec<_> = command.get_arguments().filter_map(row).collect();
+        assert!(flags.len() > 10, "{flags:?}");
+        let document = include_str!("../../docs/configuration.md");
+        let (_, section) = document.split_once("## Shim").unwrap();
+        let section = section.split("\n## ").next().unwrap();
+        let listed: Vec<_> = section.lines().filter(|line| line.starts_with("| `--")).collect();
+        assert_eq!(listed.len(), flags.len());
+        for (listed, flag) in listed.iter().zip(&flags) {
+            assert!(listed.starts_with(flag.as_str()), "{listed}\nis not\n{flag}");
+        }
+    }
+}

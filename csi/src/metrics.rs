@@ -76,4 +76,19 @@ mod tests {
         ));
         assert!(text.contains("# TYPE fuse_secrets_csi_volumes gauge\nfuse_secrets_csi_volumes 7\n"));
     }
+
+    #[test]
+    fn the_metrics_document_has_every_row_of_the_shims_table() {
+        let text = Metrics::default().text();
+        let lines: Vec<&str> = text.lines().collect();
+        let row = |lines: &[&str]| {
+            let (name, help) = lines[0].strip_prefix("# HELP ")?.split_once(' ')?;
+            Some(format!("| `{name}` | {} | {help} |", lines[1].rsplit(' ').next()?))
+        };
+        let rows: Vec<_> = lines.chunks(3).map(|lines| row(lines).unwrap()).collect();
+        let document = include_str!("../../docs/metrics.md");
+        let listed: Vec<_> =
+            document.lines().filter(|line| line.starts_with("| `fuse_secrets_csi_")).collect();
+        assert_eq!(listed, rows);
+    }
 }

@@ -24,8 +24,8 @@ const STATE_COLUMNS: usize = 26;
 
 /// Ends `abort`'s long help.
 pub const HELP: &str = "\
-For a volume that nothing else ends: no agent comes back, or the pod hangs. Needs root. The pod's own volume comes back with \
-kubelet's next publish.
+For a volume that nothing else ends: no agent comes back, or the pod hangs. Needs root. kubelet's next publish mounts \
+the volume anew, but a container that runs keeps the dead mount until its pod is restarted.
 
 Examples:
       fuse-secrets mounts --from-shim

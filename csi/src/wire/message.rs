@@ -169,7 +169,7 @@ pub struct VolumeStatus {
     /// `publishing`, `serving`, `handing_over`, `waiting` (for an agent), `failing` (readers get EIO), `unclaimed` (the agent that
     /// served it has not given it back to a restarted shim), `dead`.
     pub state: String,
-    /// Which agent serves it, counted from 1 since the shim started; 0: none.
+    /// Which agent serves it, by its number; 0: none.
     pub agent: u64,
     /// Whether readers wait and nobody reads their requests.
     pub waiting: bool,
@@ -183,7 +183,7 @@ pub struct VolumeStatus {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct AgentStatus {
-    /// Counted from 1 since the shim started.
+    /// Its number: greater than that of all that attached before since the shim started.
     pub agent: u64,
     /// Its process id; 0: it is gone.
     pub pid: u32,
@@ -204,7 +204,7 @@ messages! {
         role: Role,
         /// Of the shim: how requests survive.
         handover: Handover,
-        /// Of the shim: the number that this agent has among all that attached since the shim started; from 1.
+        /// Of the shim: the number of this agent, greater than that of all that attached before since the shim started.
         agent: u64,
     }
     /// A volume is to be served, or a served one has newer tokens.
