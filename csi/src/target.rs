@@ -69,6 +69,11 @@ impl Root {
         Ok(Self { directory, given: path.to_owned(), real })
     }
 
+    /// Whether a path without links lies below it.
+    pub(crate) fn holds(&self, path: &Path) -> bool {
+        path.starts_with(&self.real)
+    }
+
     /// Resolves all of an absolute path but its last component, which need not exist.
     ///
     /// # Errors

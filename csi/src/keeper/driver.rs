@@ -139,7 +139,10 @@ impl Keeper {
         let root = Root::open(&settings.kubelet_root).map_err(io::Error::other)?;
         let listener = agents::listen(&settings)?;
         let mut machine = Machine::new(settings.gap_deadline);
-        for volume in mountinfo::read()?.iter().filter_map(mountinfo::Entry::volume) {
+        // Another driver on this node has another root.
+        let mounts = mountinfo::read()?;
+        let ours = mounts.iter().filter(|entry| root.holds(&entry.point));
+        for volume in ours.filter_map(mountinfo::Entry::volume) {
             machine.handle(Event::Found(volume.into()), Instant::now());
         }
         let found = machine.states().count();

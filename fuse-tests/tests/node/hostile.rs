@@ -346,6 +346,19 @@ fn a_volume_has_one_target_and_a_target_one_volume() {
 }
 
 #[test]
+fn two_drivers_on_one_machine_leave_each_other_alone() {
+    let (Some(first), Some(second)) = (World::new(&[]), World::new(&[])) else { return };
+    let volume = first.volume();
+    first.node.publish(&volume).unwrap();
+    let mut second = second;
+    second.node.restart_shim(&[]);
+    assert_eq!(second.node.observe().0, []);
+    second.node.abort(&volume).unwrap_err();
+    first.node.unpublish(&volume).unwrap();
+    first.ends_as_it_began();
+}
+
+#[test]
 fn more_volumes_than_a_node_takes_are_refused_with_the_limit_and_its_remedy() {
     let Some(world) = World::new(&["--max-volumes", "1000"]) else { return };
     let volumes: Vec<Volume> = (0..2_000).map(|_| world.volume()).collect();

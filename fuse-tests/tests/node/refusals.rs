@@ -144,11 +144,20 @@ fn what_the_store_refuses_is_told_and_served_as_soon_as_it_is_repaired() {
             .replace(r#""roleName":"app""#, r#""roleName":"web""#),
     );
     let role = world.node.volume("web-0", "role");
-    world.refuses(&role, Code::PermissionDenied, &["role \"web\"", "service account shop/app"], &[]);
-    let body = json!({
-        "role_type": "jwt", "bound_audiences": ["vault"], "user_claim": "sub", "token_policies": "app",
-    });
-    world.node.cluster.store.write("auth/jwt/role/web", &body);
+    let words =
+        ["400 (role \"web\" could not be found)", "its role \"web\" exists", "service account shop/app"];
+    world.refuses(&role, Code::FailedPrecondition, &words, &[]);
+    let bind = |subject: &str| {
+        let body = json!({
+            "role_type": "jwt", "bound_audiences": ["vault"], "user_claim": "sub", "token_policies": "app",
+            "bound_subject": format!("system:serviceaccount:shop:{subject}"),
+        });
+        world.node.cluster.store.write("auth/jwt/role/web", &body);
+    };
+    bind("other");
+    let words = ["is bound to service account shop/app and audience \"vault\""];
+    world.refuses(&role, Code::FailedPrecondition, &words, &[]);
+    bind("app");
     world.heals(&role, "password", "p");
 
     let policy = |capability: &str| {
