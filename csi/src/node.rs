@@ -217,8 +217,8 @@ fn check(volume: &str, field: &str, path: &str) -> Result<(), Status> {
     if volume.is_empty() || volume.len() > LONGEST_VOLUME || !volume.bytes().all(safe) {
         return Err(invalid("volume_id", "must be 1 to 128 letters, digits and -_.; kubelet gives it"));
     }
-    if path.is_empty() || path.len() > LONGEST_PATH {
-        return Err(invalid(field, "must be a path of 1 to 4096 bytes; kubelet gives it"));
+    if path.is_empty() || path.len() > LONGEST_PATH || path.contains('\0') {
+        return Err(invalid(field, "must be a path of 1 to 4096 bytes without NUL; kubelet gives it"));
     }
     Ok(())
 }

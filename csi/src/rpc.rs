@@ -20,6 +20,10 @@ const LONGEST_TEXT: usize = 2048;
 /// After a failed accept, which mostly means that there are no more descriptors.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
+/// A caller that stays is told to connect anew after this; kubelet connects for each call. A connection's buffers hold the last
+/// token that came through them until it ends.
+const LONGEST_CONNECTION: Duration = Duration::from_secs(300);
+
 /// What a call answers.
 pub(crate) type Answer<T> = Result<Response<T>, Status>;
 
@@ -60,7 +64,8 @@ pub async fn serve(
         accepted
     });
     let callers = callers.filter(|accepted| accepted.as_ref().map_or(true, is_root));
-    let mut server = Server::builder().layer(GlobalConcurrencyLimitLayer::new(MOST_CALLS));
+    let server = Server::builder().max_connection_age(LONGEST_CONNECTION);
+    let mut server = server.layer(GlobalConcurrencyLimitLayer::new(MOST_CALLS));
     server.add_routes(services).serve_with_incoming_shutdown(callers, shutdown).await
 }
 

@@ -37,6 +37,8 @@ use crate::{product, wait};
 pub mod cluster;
 /// kubelet's calls.
 pub mod kubelet;
+/// Who is on the node socket, and is no agent.
+pub mod peer;
 /// A process that goes when it is dropped.
 pub mod process;
 

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "what fails in here is a test that fails")]
 
+use std::time::Duration;
+
 /// Processes that are killed.
 mod kills;
 /// Agents beside agents.
@@ -19,6 +21,21 @@ mod life;
 mod pod;
 /// Targets on which something else lies.
 mod takeover;
+/// Requests that no kubelet sends.
+mod hostile;
+/// What a thousand volumes leave behind.
+mod leaks;
+/// Who is on the node socket, and is not an agent.
+mod peers;
+/// Why a pod has no volume, as its owner reads it.
+mod refusals;
+/// Kubernetes' own programs.
+mod sanity;
+/// Where a token and a value are, and where not.
+mod tokens;
 
 /// The shim stands beside it.
 const SIBLING: &str = env!("CARGO_BIN_EXE_test-agent");
+
+/// Longest wait for what comes by itself, on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(30);

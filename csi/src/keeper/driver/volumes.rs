@@ -108,12 +108,17 @@ impl Keeper {
     async fn unpublish_whole(&self, volume: &Name, target: PathBuf) -> Result<(), Refusal> {
         let _turn = self.turn(volume).await?;
         let inner = Arc::clone(&self.0);
+        let elsewhere = {
+            let kept = self.kept();
+            kept.alone(volume, &target)?;
+            kept.volumes.get(volume).is_some_and(|held| Path::new(&held.target) != target)
+        };
         let found = blocking(move || match inner.root.resolve(&target) {
             Err(TargetError::Missing(_)) => Ok(None),
             resolved => resolved.map(Some).map_err(invalid),
         });
         let found = found.await?;
-        let agent = self.forget(volume);
+        let agent = if elsewhere { None } else { self.forget(volume) };
         blocking(move || {
             let Some(target) = found else { return Ok(()) };
             mount::detach_all(&target).and_then(|_| target.remove()).map_err(|error| {
@@ -128,7 +133,14 @@ impl Keeper {
     async fn publish_whole(&self, publish: Publish) -> Result<Vec<String>, Refusal> {
         let name = Name::from(publish.volume.as_str());
         let _turn = self.turn(&name).await?;
-        let is_dead = self.kept().volumes.get(&name).map(Held::is_dead);
+        let held = self.kept().volumes.get(&name).map(|held| (held.target.clone(), held.is_dead()));
+        let is_dead = match held {
+            Some((at, _)) if Path::new(&at) != publish.target => {
+                let text = format!("volume {name} is published at {at:?}; a pod's volume has one target");
+                return Err(Refusal::new(code::FAILED_PRECONDITION, text));
+            }
+            held => held.map(|(_, is_dead)| is_dead),
+        };
         match is_dead {
             Some(false) => return Ok(self.renew(&name, publish).await),
             Some(true) => self.tell(&name, self.forget(&name)).await,
@@ -153,7 +165,8 @@ impl Keeper {
                     Some((target, Some(device)))
                 }
                 Occupant::Ours { volume: ours, .. } if *ours == *volume => None,
-                Occupant::Ours { .. } | Occupant::Foreign => {
+                Occupant::Ours { volume: other, .. } => return Err(occupied(&path, &other)),
+                Occupant::Foreign => {
                     tracing::info!(volume = %volume, "its target is another driver's; left alone");
                     None
                 }
@@ -222,10 +235,15 @@ impl Keeper {
         let held = Held { fuse: Arc::new(fuse), parts: BTreeMap::new(), target: shown, pod: pod.clone() };
         self.apply_if(|kept| {
             let most = self.0.settings.max_volumes;
-            if kept.machine.state(name).is_none() && kept.machine.states().count() >= most {
-                let text = format!("{most} volumes are on this node, which is the limit; see --max-volumes");
+            let count = kept.machine.states().count();
+            if kept.machine.state(name).is_none() && count >= most {
+                let text = format!(
+                    "{count} of {most} volumes are on this node; raise the shim's --max-volumes (to 1000 at most), \
+                     or have fewer pods here"
+                );
                 return Err(Refusal::new(code::RESOURCE_EXHAUSTED, text));
             }
+            kept.alone(name, &publish.target)?;
             kept.volumes.insert(Name::clone(name), held);
             Ok(Event::Publishing(Name::clone(name), agent))
         })?;
@@ -316,10 +334,23 @@ impl Keeper {
     }
 }
 
+impl Kept {
+    /// Nobody else's target.
+    fn alone(&self, name: &Name, target: &Path) -> Result<(), Refusal> {
+        let other = |(other, held): &(&Name, &Held)| *other != name && Path::new(&held.target) == target;
+        self.volumes.iter().find(other).map_or(Ok(()), |(other, _)| Err(occupied(target, other)))
+    }
+}
+
 fn order(publish: Publish) -> Message {
     let Publish { volume, target, pod, attributes, group, tokens } = publish;
     let target = target.to_string_lossy().into_owned();
     Message::Publish(message::Publish { volume, target, pod, attributes, group, tokens })
+}
+
+fn occupied(target: &Path, volume: &str) -> Refusal {
+    let text = format!("volume {volume} is mounted on {target:?}; unpublish it first");
+    Refusal::new(code::FAILED_PRECONDITION, text)
 }
 
 fn invalid(error: TargetError) -> Refusal {
