@@ -28,6 +28,8 @@ pub mod node;
 pub mod product;
 /// Threads that read and judge what they read.
 pub mod readers;
+/// What a bench found.
+pub mod report;
 /// Who mounts, and keeps what agents leave.
 pub mod shim;
 /// Values that can be checked.

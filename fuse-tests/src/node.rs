@@ -61,6 +61,8 @@ pub struct Node {
     programs: Programs,
     /// Where the shim tells its health.
     pub shim_health: SocketAddr,
+    /// How much processes log that are started from now on. Default: trace.
+    pub log: &'static str,
     started: u32,
     path: PathBuf,
     directory: Option<TempDir>,
@@ -134,6 +136,7 @@ impl Node {
             kubelet,
             programs,
             shim_health: free_address(),
+            log: "trace",
             started: 0,
             path,
             directory: Some(directory),
@@ -159,7 +162,7 @@ impl Node {
     /// They are not within 10 s.
     pub fn start_shim(&mut self, arguments: &[&str]) {
         let mut command = Command::new(&self.programs.shim);
-        command.env_clear().args(["--node-id", "node-1", "--log", "trace"]);
+        command.env_clear().args(["--node-id", "node-1", "--log", self.log]);
         command.args(["--agent-uid", &UID.to_string(), "--agent-gid", &UID.to_string()]);
         command.args(["--health-address", &self.shim_health.to_string()]);
         command.arg("--endpoint").arg(format!("unix://{}", self.path.join(CSI_SOCKET).display()));
@@ -183,7 +186,7 @@ impl Node {
     pub fn start_agent(&mut self, arguments: &[&str]) -> usize {
         let health = free_address();
         let mut command = process::as_in_a_container(&self.programs.agent);
-        command.env_clear().env("FUSE_SECRETS_LOG", "trace").arg("agent");
+        command.env_clear().env("FUSE_SECRETS_LOG", self.log).arg("agent");
         command.arg("--node-socket").arg(self.node_socket()).arg("--classes").arg(self.path.join("classes"));
         command.args(["--address", &self.cluster.store.address(), "--auth-method", "jwt"]);
         command.args(["--health-address", &health.to_string()]).args(arguments);

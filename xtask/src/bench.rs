@@ -1,5 +1,7 @@
-//! Benches: programs of the release profile, which nothing else builds, measured as processes.
+//! Benches: programs of the release profile, which nothing else builds, measured as processes; and tests that run longer here
+//! than in the test run.
 
+use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
 use crate::command::{self, Error};
@@ -23,17 +25,65 @@ enum Which {
         #[arg(long)]
         quick: bool,
     },
+    /// A node with shim and agent: publishing, agents that die or hand over, memory, idling
+    Node {
+        /// Few short rounds: to see that it works, not for figures
+        #[arg(long)]
+        quick: bool,
+        /// Only these: publish, stalls, memory
+        #[arg(long, value_name = "SECTION")]
+        only: Vec<String>,
+    },
+    /// Random input for the readers of frames, snapshots, records and classes
+    Fuzz {
+        /// For each of them
+        #[arg(long, default_value_t = 60)]
+        seconds: u32,
+    },
+    /// Agents killed under readers, again and again
+    Kills {
+        /// How often, in each of the tests
+        #[arg(long, default_value_t = 100)]
+        times: u32,
+    },
 }
 
 /// The command.
 pub(crate) fn run(args: &Args) -> Result<ExitCode, Error> {
-    let Which::Read { quick } = args.which;
-    let packages = ["--package", "fuse-secrets", "--package", "fuse-tests"];
-    command::run(command::cargo().args(["build", "--release", "--bins"]).args(packages))?;
-    let target =
-        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| tools::root().join("target"), Into::into);
-    let mut bench = Command::new(target.join("release/bench-read"));
-    bench.args(quick.then_some("--quick")).arg(target.join("bench"));
-    command::run(&mut bench)?;
+    match &args.which {
+        Which::Read { quick } => measure("bench-read", *quick, &[])?,
+        Which::Node { quick, only } => measure("bench-node", *quick, only)?,
+        Which::Fuzz { seconds } => {
+            for package in ["fuse-secrets-csi", "fuse-secrets"] {
+                let mut cargo = command::cargo();
+                cargo.args(["test", "--package", package, "--test", "fuzz", "--", "--nocapture"]);
+                command::run(cargo.env("FUZZ_SECONDS", seconds.to_string()))?;
+            }
+        }
+        Which::Kills { times } => {
+            // Tests start the programs of this workspace, which `cargo test` alone would not build.
+            command::run(command::cargo().args(["build", "--workspace", "--bins"]))?;
+            let mut cargo = command::cargo();
+            cargo.args(["test", "--package", "fuse-tests", "--test", "node", "kills", "--", "--nocapture"]);
+            command::run(cargo.env("FUSE_SECRETS_TEST_KILLS", times.to_string()))?;
+        }
+    }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Runs a program of `fuse-tests` in the release profile.
+fn measure(program: &str, quick: bool, only: &[String]) -> Result<(), Error> {
+    let mut bench = Command::new(built(&["--release"])?.join("release").join(program));
+    bench.args(quick.then_some("--quick")).args(only).arg(target().join("bench"));
+    command::run(&mut bench)
+}
+
+/// Builds all programs; returns cargo's directory.
+pub(crate) fn built(profile: &[&str]) -> Result<PathBuf, Error> {
+    command::run(command::cargo().args(["build", "--workspace", "--bins"]).args(profile))?;
+    Ok(target())
+}
+
+fn target() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| tools::root().join("target"), Into::into)
 }

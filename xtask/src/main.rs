@@ -6,6 +6,7 @@
 //! | `test.rs` | the steps of the test run, their order, the sum at the end |
 //! | `tools.rs` | what is built once and kept under `target/tools` |
 //! | `bench.rs` | which programs are measured, in which profile |
+//! | `demo.rs` | what can be watched |
 //! | `go.rs` | building what is written in Go |
 //! | `vault.rs` | how the real Vault server for the tests is built |
 //! | `sanity.rs` | which programs call the shim as Kubernetes does |
@@ -16,6 +17,7 @@
 
 mod bench;
 mod command;
+mod demo;
 mod go;
 mod sanity;
 mod setup;
@@ -40,6 +42,7 @@ use clap::Parser;
 )]
 enum Task {
     Bench(bench::Args),
+    Demo(demo::Args),
     Setup(setup::Args),
     Test(test::Args),
 }
@@ -47,6 +50,7 @@ enum Task {
 fn main() -> ExitCode {
     let done = match Task::parse() {
         Task::Bench(args) => bench::run(&args),
+        Task::Demo(args) => demo::run(&args),
         Task::Setup(args) => setup::run(&args),
         Task::Test(args) => test::run(&args),
     };

@@ -23,7 +23,6 @@ mod mounting;
 mod peers;
 mod reader;
 mod reading;
-mod report;
 mod sharing;
 mod store;
 mod wire;
@@ -32,8 +31,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-/// Why the bench cannot go on, in words for the person in front of it.
-type Error = Box<dyn std::error::Error + Send + Sync>;
+use fuse_tests::report::{Error, Report};
 
 /// How long and how often.
 struct Plan {
@@ -71,7 +69,7 @@ fn main() -> ExitCode {
 fn bench(plan: &Plan, to: &Path) -> Result<(), Error> {
     let scratch = tempfile::tempdir()?;
     let store = store::Store::start(scratch.path())?;
-    let mut report = report::Report::new(plan.rounds);
+    let mut report = Report::new("read", plan.rounds);
     report.show("reading, one or eight processes", reading::measure(plan, &store)?);
     report.show("from mount to the first byte", mounting::measure(plan, &store)?);
     report.show("memory of the agent", memory::measure(plan, &store)?);

@@ -6,9 +6,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::peers::{Many, Server};
-use crate::report::{Limit, Row, Section};
 use crate::store::{Store, THREE};
 use crate::{Error, Plan};
+use fuse_tests::report::{Limit, Row, Section};
 
 const ONE: f64 = 15.0 * 1024.0;
 const FURTHER: f64 = 48.0;

@@ -4,9 +4,9 @@
 use std::time::{Duration, Instant};
 
 use crate::peers::{Many, Server};
-use crate::report::{Limit, Row, Section, Series};
 use crate::store::{Store, THREE};
 use crate::{Error, Plan};
+use fuse_tests::report::{Limit, Row, Section, Series};
 
 const MOST: Duration = Duration::from_millis(5);
 const WORDS: &str = "store's round trips + <= 5 ms";

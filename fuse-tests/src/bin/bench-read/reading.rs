@@ -6,9 +6,9 @@ use std::path::Path;
 use std::process::{Child, Stdio};
 
 use crate::peers::{Server, program, spawn};
-use crate::report::{Limit, Row, Section, Series};
 use crate::store::{LARGE, SMALL, Store};
 use crate::{Error, Plan};
+use fuse_tests::report::{Limit, Row, Section, Series};
 
 struct Scenario {
     name: &'static str,

@@ -4,9 +4,9 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use crate::peers::Many;
-use crate::report::{Limit, Row, Section};
 use crate::store::{Store, THREE};
 use crate::{Error, Plan};
+use fuse_tests::report::{Limit, Row, Section};
 
 const VOLUMES: usize = 100;
 /// Long enough that no path is read a second time before all volumes show the first rotation: at the earliest after two

@@ -1,32 +1,38 @@
-//! What was found: as a table, as JSON, as a picture.
+//! What a bench found: as a table, as JSON, as a picture.
+
+#![allow(clippy::print_stdout, reason = "benches print tables")]
 
 use std::fmt::Write as _;
 use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::Error;
+/// Why a bench cannot go on, in words for the person in front of it.
+pub type Error = Box<dyn std::error::Error + Send + Sync>;
 
 /// Rows that belong together.
-pub(crate) type Section = Vec<Row>;
+pub type Section = Vec<Row>;
 
 /// One measure.
-pub(crate) struct Row {
-    pub(crate) name: String,
+pub struct Row {
+    /// What was measured.
+    pub name: String,
     /// What docs/measures.md promises.
-    pub(crate) promised: &'static str,
+    pub promised: &'static str,
     /// What was found, in words.
-    pub(crate) found: String,
+    pub found: String,
     /// What was found, as a number against the promise.
-    pub(crate) limit: Option<Limit>,
+    pub limit: Option<Limit>,
     /// The rounds, where there were any.
-    pub(crate) series: Vec<Series>,
+    pub series: Vec<Series>,
 }
 
 /// A ratio and the most that it may be.
-pub(crate) struct Limit {
-    pub(crate) found: f64,
-    pub(crate) most: f64,
+pub struct Limit {
+    /// The ratio.
+    pub found: f64,
+    /// The most.
+    pub most: f64,
 }
 
 impl Limit {
@@ -36,22 +42,38 @@ impl Limit {
 }
 
 /// One peer's rounds.
-pub(crate) struct Series {
-    pub(crate) peer: &'static str,
+pub struct Series {
+    /// Who was measured.
+    pub peer: &'static str,
     /// Nanoseconds per operation, one number per round.
-    pub(crate) times: Vec<f64>,
+    pub times: Vec<f64>,
     /// Nanoseconds of the server's CPU per operation.
-    pub(crate) cpu: Vec<f64>,
+    pub cpu: Vec<f64>,
 }
 
 impl Series {
-    pub(crate) fn new(peer: &'static str) -> Self {
+    /// Without rounds yet.
+    #[must_use]
+    pub fn new(peer: &'static str) -> Self {
         Self { peer, times: Vec::new(), cpu: Vec::new() }
     }
 
     /// The round in the middle.
-    pub(crate) fn median(&self) -> f64 {
+    #[must_use]
+    pub fn median(&self) -> f64 {
         middle(&self.times)
+    }
+
+    /// The round below which 99 of 100 are. Of few rounds: the longest.
+    #[must_use]
+    pub fn p99(&self) -> f64 {
+        at(&self.times, 0.99)
+    }
+
+    /// The longest round.
+    #[must_use]
+    pub fn longest(&self) -> f64 {
+        self.times.iter().copied().fold(0.0, f64::max)
     }
 
     fn minimum(&self) -> f64 {
@@ -60,25 +82,36 @@ impl Series {
 }
 
 fn middle(numbers: &[f64]) -> f64 {
+    at(numbers, 0.5)
+}
+
+/// The number at this part of the way from the smallest to the largest.
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a part of a small length")]
+fn at(numbers: &[f64], part: f64) -> f64 {
     let mut sorted = numbers.to_vec();
     sorted.sort_by(f64::total_cmp);
-    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
+    sorted.get((sorted.len() as f64 * part) as usize).copied().unwrap_or(f64::NAN)
 }
 
 /// Everything so far.
-pub(crate) struct Report {
+pub struct Report {
+    bench: &'static str,
     rounds: usize,
     rows: Section,
 }
 
 impl Report {
-    pub(crate) fn new(rounds: usize) -> Self {
-        Self { rounds, rows: Vec::new() }
+    /// Nothing yet, of `cargo xtask bench BENCH`.
+    #[must_use]
+    pub fn new(bench: &'static str, rounds: usize) -> Self {
+        Self { bench, rounds, rows: Vec::new() }
     }
 
     /// Prints a section and keeps it.
-    pub(crate) fn show(&mut self, headline: &str, section: Section) {
-        println!("\n{headline}");
+    pub fn show(&mut self, headline: &str, section: Section) {
+        // Figures of a busy machine are not comparable.
+        let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+        println!("\n{headline} (load average {})", load.split(' ').next().unwrap_or_default());
         for row in section {
             let word = row.limit.as_ref().map_or("", |limit| if limit.is_met() { "met" } else { "MISSED" });
             println!("  {:<58} {:<6} {}\n    promised: {}", row.name, word, row.found, row.promised);
@@ -88,18 +121,26 @@ impl Report {
                     cpu => format!("  agent CPU {}", time(middle(cpu))),
                 };
                 let (minimum, median) = (time(series.minimum()), time(series.median()));
-                println!("    {:<36} min {minimum:>10}  median {median:>10}{cpu}", series.peer);
+                let p99 = time(series.p99());
+                println!(
+                    "    {:<36} min {minimum:>10}  median {median:>10}  p99 {p99:>10}{cpu}",
+                    series.peer
+                );
             }
             self.rows.push(row);
         }
     }
 
-    /// Writes `read.json` and `read.svg`.
-    pub(crate) fn save(&self, to: &Path) -> Result<(), Error> {
+    /// Writes `BENCH.json` and `BENCH.svg`.
+    ///
+    /// # Errors
+    /// They cannot be written.
+    pub fn save(&self, to: &Path) -> Result<(), Error> {
         std::fs::create_dir_all(to)?;
-        std::fs::write(to.join("read.json"), format!("{:#}\n", self.json()))?;
-        std::fs::write(to.join("read.svg"), self.svg()?)?;
-        println!("\nwritten: {0}/read.json, {0}/read.svg", to.display());
+        let [json, svg] = ["json", "svg"].map(|kind| to.join(format!("{}.{kind}", self.bench)));
+        std::fs::write(&json, format!("{:#}\n", self.json()))?;
+        std::fs::write(&svg, self.svg()?)?;
+        println!("\nwritten: {}, {}", json.display(), svg.display());
         Ok(())
     }
 
@@ -110,6 +151,7 @@ impl Report {
                     "peer": series.peer,
                     "minimum_ns": series.minimum(),
                     "median_ns": series.median(),
+                    "p99_ns": series.p99(),
                     "rounds_ns": series.times,
                     "agent_cpu_median_ns": (!series.cpu.is_empty()).then(|| middle(&series.cpu)),
                 })
@@ -145,10 +187,10 @@ impl Report {
                 let label = time(series.median());
                 writeln!(
                     body,
-                    r#"<text x="10" y="{middle}">{}</text><rect x="120" y="{top}" width="{median:.1}" height="{height}" fill="{colour}"/><rect x="{:.1}" y="{top}" width="1.5" height="{height}"/><text x="{:.1}" y="{middle}">{label}</text>"#,
+                    r#"<text x="10" y="{middle}">{}</text><rect x="300" y="{top}" width="{median:.1}" height="{height}" fill="{colour}"/><rect x="{:.1}" y="{top}" width="1.5" height="{height}"/><text x="{:.1}" y="{middle}">{label}</text>"#,
                     series.peer,
-                    120.0 + minimum,
-                    126.0 + median,
+                    300.0 + minimum,
+                    306.0 + median,
                 )?;
                 y += BAR;
             }
@@ -156,8 +198,8 @@ impl Report {
         }
         let height = y + 20;
         Ok(format!(
-            "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"660\" height=\"{height}\" font-family=\"sans-serif\" \
-             font-size=\"12\">\n<rect width=\"660\" height=\"{height}\" fill=\"white\"/>\n{body}\
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"840\" height=\"{height}\" font-family=\"sans-serif\" \
+             font-size=\"12\">\n<rect width=\"840\" height=\"{height}\" fill=\"white\"/>\n{body}\
              <text x=\"10\" y=\"{}\" fill=\"#666\">time per operation: bar = median, line = minimum</text>\n</svg>\n",
             height - 8
         ))
