@@ -30,8 +30,6 @@ use fuse_secrets_csi::wire::message::AgentStatus;
 
 /// What does it: sockets, descriptors, mounts.
 pub(crate) mod driver;
-/// Which kernels send requests again safely.
-pub(crate) mod handover;
 
 /// A volume's name.
 pub(crate) type Name = Arc<str>;

@@ -14,6 +14,7 @@ use fuse_secrets_csi::identity::Identity;
 use fuse_secrets_csi::node::{Node, Volumes};
 use fuse_secrets_csi::registration::Plugin;
 use fuse_secrets_csi::rpc;
+use fuse_secrets_csi::wire::handover;
 use fuse_secrets_csi::wire::message::Handover;
 use tokio::signal::unix::{SignalKind, signal};
 use tonic::service::Routes;
@@ -127,7 +128,7 @@ enum Mode {
 impl Mode {
     fn decide(self) -> Handover {
         match self {
-            Self::Auto => keeper::handover::suits(&rustix::system::uname().release().to_string_lossy()),
+            Self::Auto => handover::suits(&rustix::system::uname().release().to_string_lossy()),
             Self::Resend => Handover::Resend,
             Self::Clone => Handover::Clone,
         }

@@ -18,6 +18,8 @@
 //!
 //! Reading never panics and takes nothing that is too long. No error repeats what was read: it may be a token.
 
+/// Which kernels may be asked to send requests again.
+pub mod handover;
 /// A connection that speaks them.
 pub mod link;
 /// The messages, by kind.

@@ -4,6 +4,8 @@
 use std::fmt;
 use std::io;
 
+use fuse_secrets_csi::wire::handover;
+use fuse_secrets_csi::wire::message::Handover;
 use serde::Serialize;
 
 use crate::secret::harden::Swap;
@@ -219,7 +221,7 @@ impl Facts {
     }
 
     fn hand_over(&self) -> Check {
-        if Version::parse(&self.release).is_some_and(Version::resends_safely) {
+        if handover::suits(&self.release) == Handover::Resend {
             return Check::of("hand-over", "RESEND: no read fails");
         }
         Check::of("hand-over", "clone").note(

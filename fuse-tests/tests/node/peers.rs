@@ -118,7 +118,10 @@ impl World {
             Some(Message::Hello(_)) => Got::Let(link, questions),
             answer => {
                 let nothing_else = self.node.block_on(async {
-                    tokio::time::timeout(PATIENCE, questions.recv()).await.expect("the connection lives on").is_none()
+                    tokio::time::timeout(PATIENCE, questions.recv())
+                        .await
+                        .expect("the connection lives on")
+                        .is_none()
                 });
                 assert!(nothing_else, "who is refused is asked something");
                 match answer {
@@ -138,7 +141,9 @@ impl World {
         until_true("the log", PATIENCE, || {
             let log = self.node.logs();
             log.lines().any(|line| {
-                line.contains("refused on the node socket") && line.contains(&format!("pid={pid} ")) && line.contains(words)
+                line.contains("refused on the node socket")
+                    && line.contains(&format!("pid={pid} "))
+                    && line.contains(words)
             })
         });
     }
@@ -189,7 +194,10 @@ fn who_has_the_agents_user_but_is_no_agent_gets_nothing() {
     for role in [Role::Supervisor, Role::Worker, Role::Observer] {
         let words = ["is not the agent's", "no supervisor", "only root observes"][role as usize % 3];
         let text = world.hello(&other, role).text();
-        assert!(text.contains("65533") || text.contains("no supervisor") || text.contains("only root"), "{words}: {text}");
+        assert!(
+            text.contains("65533") || text.contains("no supervisor") || text.contains("only root"),
+            "{words}: {text}"
+        );
     }
     world.refuses(&other, Role::Supervisor, "uid 65533 is not the agent's, 65532");
 
@@ -372,7 +380,10 @@ fn bytes_that_are_no_frame_end_their_connection_and_no_other() {
     assert!(first(12, b"{}").contains("Hello comes first"));
     assert!(first(1, b"{}").contains("no such role"));
     assert!(first(1, br#"{"role":"janitor","since":[1,2]}"#).contains("no such role"));
-    assert!(first(1, br#"{"role":"supervisor"}"#).contains("fuse-secrets-csi"), "an older supervisor is let in");
+    assert!(
+        first(1, br#"{"role":"supervisor"}"#).contains("fuse-secrets-csi"),
+        "an older supervisor is let in"
+    );
     assert!(first(1, b"{\"role\":").contains("cannot be read"));
     assert!(!first(4_711, b"{}").is_empty(), "an unknown message is answered");
     drop(peer);
@@ -388,7 +399,8 @@ fn silent_connections_are_few_and_end_by_themselves() {
     let before = world.node.holdings();
     let silent: Vec<UnixStream> = (0..20).map(|_| world.connect(&peer)).collect();
     let held = |node: &Node| {
-        let sockets = |held: &fuse_tests::node::Holdings| held.descriptors.get("socket").copied().unwrap_or(0);
+        let sockets =
+            |held: &fuse_tests::node::Holdings| held.descriptors.get("socket").copied().unwrap_or(0);
         sockets(&node.holdings()) - sockets(&before)
     };
     until_true("all that are taken at once", PATIENCE, || held(&world.node) >= 10);
@@ -420,7 +432,8 @@ fn a_worker_that_is_silent_answers_nonsense_or_floods_loses_its_volumes() {
                 let stat = std::fs::read_to_string(format!("/proc/{}/status", status.pid)).ok()?;
                 Some(stat.contains(&format!("PPid:\t{supervisor}\n")))
             });
-            parent == Some(true) && world.node.status(&world.volume).is_some_and(|status| status.state == "serving")
+            parent == Some(true)
+                && world.node.status(&world.volume).is_some_and(|status| status.state == "serving")
         });
         world.is_read();
     };
@@ -469,12 +482,13 @@ fn a_worker_that_is_silent_answers_nonsense_or_floods_loses_its_volumes() {
     };
     let asking = async {
         for round in 0..1_000 {
-            for message in
-                [Message::Poke(Poke::default()), Message::WhoIs(WhoIs::default()), Message::Event(Event::default())]
-            {
+            for message in [
+                Message::Poke(Poke::default()),
+                Message::WhoIs(WhoIs::default()),
+                Message::Event(Event::default()),
+            ] {
                 let answer = link.ask(&message, Vec::new(), Instant::now() + PATIENCE).await;
-                let unsupported =
-                    matches!(answer, Ok(Message::Unsupported(Unsupported { kind })) if kind == message.kind());
+                let unsupported = matches!(answer, Ok(Message::Unsupported(Unsupported { kind })) if kind == message.kind());
                 assert!(unsupported, "round {round}, message {}", message.kind());
             }
         }
@@ -497,7 +511,8 @@ fn a_worker_that_is_silent_answers_nonsense_or_floods_loses_its_volumes() {
     let mut socket = world.connect(&worker);
     let hello = Hello { program: "peer".to_owned(), role: Role::Worker, ..Hello::default() };
     socket.write_all(&encode(0, &Message::Hello(hello), 0).unwrap()).unwrap();
-    let flood = encode(2, &Message::Poke(Poke { files: vec!["f".repeat(1_000)], ..Poke::default() }), 0).unwrap();
+    let flood =
+        encode(2, &Message::Poke(Poke { files: vec!["f".repeat(1_000)], ..Poke::default() }), 0).unwrap();
     socket.set_write_timeout(Some(PATIENCE)).unwrap();
     // Until the shim reads no more, and ends it.
     let sent = until("the end of the flood", PATIENCE * 2, || {

@@ -1,6 +1,6 @@
 //! Which kernels may be asked to send requests again.
 
-use fuse_secrets_csi::wire::message::Handover;
+use super::message::Handover;
 
 /// As `uname` counts: three numbers.
 type Version = (u32, u32, u32);
@@ -11,7 +11,7 @@ const SAFE: [(Version, Version); 3] =
 
 /// What suits a kernel, by its release as `uname` tells it. One that is not known to be safe gets [`Handover::Clone`].
 #[must_use]
-pub(crate) fn suits(release: &str) -> Handover {
+pub fn suits(release: &str) -> Handover {
     // `7.2-rc1` and `7.2` have no third number; what follows a dash is the vendor's.
     let dotted = release.split(|c: char| !c.is_ascii_digit() && c != '.').next().unwrap_or_default();
     let mut numbers = dotted.split('.').map_while(|number| number.parse().ok());
