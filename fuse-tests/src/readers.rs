@@ -83,10 +83,10 @@ impl Readers {
         Self { stop, started: Instant::now(), readers }
     }
 
-    /// Waits until each of them has begun and ended a read from now on.
+    /// Waits until each of them has begun and ended a read, from now on, that did not fail.
     ///
     /// # Panics
-    /// One has not within 30 s, or has ended with a fault.
+    /// One has not within 30 s. One that met a fault is not waited for: [`Readers::finish`] tells.
     pub fn go_on(&self) {
         for Reader { reads, thread } in &self.readers {
             let before = reads.load(Ordering::Acquire);
