@@ -9,7 +9,10 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::stamp;
-use crate::wait::{SOON, pause, until_true};
+use crate::wait::{pause, until_true};
+
+/// Longest wait for readers, who may wait for agents, on a machine that has much else to do.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What one reader saw, or all.
 #[derive(Clone, Debug, Default)]
@@ -80,15 +83,15 @@ impl Readers {
         Self { stop, started: Instant::now(), readers }
     }
 
-    /// Waits until each of them has begun and ended a read from now on.
+    /// Waits until each of them has begun and ended a read, from now on, that did not fail.
     ///
     /// # Panics
-    /// One has not within 10 s, or has ended with a fault.
+    /// One has not within 30 s. One that met a fault is not waited for: [`Readers::finish`] tells.
     pub fn go_on(&self) {
         for Reader { reads, thread } in &self.readers {
             let before = reads.load(Ordering::Acquire);
             // The first may have begun before.
-            until_true("a reader that goes on", SOON, || {
+            until_true("a reader that goes on", PATIENCE, || {
                 reads.load(Ordering::Acquire) >= before + 2 || thread.is_finished()
             });
         }

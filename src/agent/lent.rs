@@ -73,7 +73,7 @@ pub struct Estate {
     pub fuse: OwnedFd,
     /// What was deposited.
     pub parts: Vec<(Part, OwnedFd)>,
-    /// An agent died while it adopted this: generations are not read.
+    /// An agent died while it adopted this and no other: generations are not read.
     pub suspect: bool,
     /// Have the kernel send again what a former agent had read and not answered.
     pub resend: bool,
