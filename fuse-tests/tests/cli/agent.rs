@@ -178,6 +178,19 @@ fn a_worker_that_is_killed_is_followed_by_another_and_sigterm_ends_both_processe
 }
 
 #[test]
+fn root_sees_the_agent_of_a_node_without_any_setting() {
+    let Some(world) = World::new() else { return };
+    let _heard = shim();
+    // As a service has it: no session, no runtime directory.
+    let mut command = agent(&world, free_port());
+    let _agent = Process::start(command.env_remove("XDG_RUNTIME_DIR"));
+    let name = "fuse_secrets_node_attached{agent=";
+    until("root sees it", || run(world.program().args(["mounts", "--metrics"])).out.contains(name));
+    let other = run(world.program_as(crate::world::NOBODY).args(["mounts", "--metrics"]));
+    assert!(!other.out.contains(name), "{}", other.out);
+}
+
+#[test]
 fn a_supervisor_that_is_killed_takes_its_worker_along() {
     let Some(world) = World::new() else { return };
     let heard = shim();
