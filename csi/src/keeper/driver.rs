@@ -139,11 +139,11 @@ impl Keeper {
         let root = Root::open(&settings.kubelet_root).map_err(io::Error::other)?;
         let listener = agents::listen(&settings)?;
         let mut machine = Machine::new(settings.gap_deadline);
-        // Another driver on this node has another root.
-        let mounts = mountinfo::read()?;
-        let ours = mounts.iter().filter(|entry| root.holds(&entry.point));
-        for volume in ours.filter_map(mountinfo::Entry::volume) {
-            machine.handle(Event::Found(volume.into()), Instant::now());
+        // Elsewhere they are those of `fuse-secrets mount`.
+        for entry in mountinfo::read()?.iter().filter(|entry| root.holds(&entry.point)) {
+            if let Some(volume) = entry.volume() {
+                machine.handle(Event::Found(volume.into()), Instant::now());
+            }
         }
         let found = machine.states().count();
         if found > 0 {

@@ -10,8 +10,8 @@ use std::process::{Child, Command, Stdio};
 
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendFlags, SocketFlags,
-    SocketType, recvmsg, sendmsg, socketpair,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendFlags,
+    SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
 };
 
 use super::{Node, UID, kill, process};

