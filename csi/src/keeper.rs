@@ -17,6 +17,10 @@
 //!
 //! *Agents*: the one that attached last serves, older ones stand by and get everything back when it goes. One that misses its
 //! heartbeats, or does not adopt or drain in time, is killed; its volumes move when it is gone.
+//!
+//! *Suspects*: an agent that dies while it adopts may have died of what it adopted, or of a signal that has nothing to do with it. So
+//! the volumes that it was adopting come last from then on, and each alone, the one with the fewest deaths first; one that was
+//! alone when another agent died is given away as not to be trusted, which costs it its values until the store answers.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -87,7 +91,7 @@ pub(crate) enum Event {
 /// What is to be done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Action {
-    /// Give it to this agent; so many died while they adopted it.
+    /// Give it to this agent; so many died while they adopted it and nothing else.
     Adopt(Name, u64, u32),
     /// Have this agent let go of it.
     Drain(Name, u64),
@@ -163,9 +167,16 @@ struct Volume {
     /// Not to be given to an agent before.
     retry: Instant,
     refusals: u32,
-    attempts: u32,
+    /// Agents that died while they adopted it: a suspect.
+    deaths: u32,
     /// Somebody waits for it: first.
     urgent: bool,
+}
+
+impl Volume {
+    fn is_adopting(&self) -> bool {
+        matches!(self.state, State::Adopting(_))
+    }
 }
 
 #[derive(PartialEq, Eq)]
@@ -338,7 +349,7 @@ impl Machine {
         it.standing = Standing::Gone;
         for (name, volume) in &mut self.volumes {
             match volume.state {
-                State::Adopting(by) if by == agent => volume.attempts += 1,
+                State::Adopting(by) if by == agent => volume.deaths += 1,
                 State::Served(by) | State::Draining(by) if by == agent => volume.since = now,
                 _ => continue,
             }
@@ -361,7 +372,7 @@ impl Machine {
     }
 
     fn add(&mut self, volume: Name, state: State, now: Instant) {
-        let new = Volume { state, since: now, retry: now, refusals: 0, attempts: 0, urgent: false };
+        let new = Volume { state, since: now, retry: now, refusals: 0, deaths: 0, urgent: false };
         self.volumes.insert(volume, new);
     }
 
@@ -370,41 +381,45 @@ impl Machine {
         let Some(volume) = self.volumes.get_mut(volume).filter(|volume| volume.state == from) else { return };
         (volume.state, volume.since) = (to, now);
         if matches!(to, State::Served(_)) {
-            (volume.attempts, volume.refusals, volume.urgent) = (0, 0, false);
+            (volume.deaths, volume.refusals, volume.urgent) = (0, 0, false);
         }
     }
 
     /// Moves every volume towards the agent that serves, or towards EIO.
     fn settle(&mut self, now: Instant, actions: &mut Vec<Action>) {
         let serving = self.serving();
-        let count = |wanted: fn(&State) -> bool| self.volumes.values().filter(|v| wanted(&v.state)).count();
-        let mut adopting = count(|state| matches!(state, State::Adopting(_)));
-        let mut moving = adopting + count(|state| matches!(state, State::Draining(_)));
+        let count =
+            |wanted: fn(&Volume) -> bool| self.volumes.values().filter(|volume| wanted(volume)).count();
+        let mut adopting = count(Volume::is_adopting);
+        let mut alone = count(|volume| volume.is_adopting() && volume.deaths > 0) > 0;
+        let mut moving = adopting + count(|volume| matches!(volume.state, State::Draining(_)));
         let mut gap = false;
-        for urgent in [true, false] {
-            for (name, volume) in self.volumes.iter_mut().filter(|(_, volume)| volume.urgent == urgent) {
-                let to = serving.filter(|_| volume.retry <= now);
-                match (volume.state, to) {
-                    (State::Waiting, Some(to)) if adopting < MOST_ADOPTING => {
-                        (adopting, moving) = (adopting + 1, moving + 1);
-                        volume.state = State::Adopting(to);
-                        actions.push(Action::Adopt(name.clone(), to, volume.attempts));
-                    }
-                    (State::Failing, Some(_)) => (volume.state, gap) = (State::Hushing, true),
-                    (State::Waiting, None) if now.duration_since(volume.since) >= self.gap => {
-                        (volume.state, gap) = (State::Failing, true);
-                    }
-                    (State::Served(by), Some(to)) if by != to && moving < MOST_MOVING => {
-                        let attached = |agent: &Agent| agent.standing == Standing::Attached;
-                        // Without a connection it cannot be told; it will soon be gone.
-                        if self.agents.get(&by).is_some_and(attached) {
-                            moving += 1;
-                            volume.state = State::Draining(by);
-                            actions.push(Action::Drain(name.clone(), by));
-                        }
-                    }
-                    _ => {}
+        let mut volumes: Vec<(&Name, &mut Volume)> = self.volumes.iter_mut().collect();
+        volumes.sort_by_key(|(_, volume)| (volume.deaths, !volume.urgent));
+        for (name, volume) in volumes {
+            let to = serving.filter(|_| volume.retry <= now);
+            let most = if volume.deaths > 0 { 1 } else { MOST_ADOPTING };
+            match (volume.state, to) {
+                (State::Waiting, Some(to)) if adopting < most && !alone => {
+                    (adopting, moving, alone) = (adopting + 1, moving + 1, volume.deaths > 0);
+                    volume.state = State::Adopting(to);
+                    // The first death was in company, or anybody's.
+                    actions.push(Action::Adopt(name.clone(), to, volume.deaths.saturating_sub(1)));
                 }
+                (State::Failing, Some(_)) => (volume.state, gap) = (State::Hushing, true),
+                (State::Waiting, None) if now.duration_since(volume.since) >= self.gap => {
+                    (volume.state, gap) = (State::Failing, true);
+                }
+                (State::Served(by), Some(to)) if by != to && moving < MOST_MOVING => {
+                    let attached = |agent: &Agent| agent.standing == Standing::Attached;
+                    // Without a connection it cannot be told; it will soon be gone.
+                    if self.agents.get(&by).is_some_and(attached) {
+                        moving += 1;
+                        volume.state = State::Draining(by);
+                        actions.push(Action::Drain(name.clone(), by));
+                    }
+                }
+                _ => {}
             }
         }
         if gap {

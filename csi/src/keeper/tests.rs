@@ -50,6 +50,8 @@ impl World {
         let adopting = self.machine.states().filter(|(_, s)| matches!(s, State::Adopting(_))).count();
         let draining = self.machine.states().filter(|(_, s)| matches!(s, State::Draining(_))).count();
         assert!(adopting <= MOST_ADOPTING && draining <= MOST_MOVING, "{adopting} {draining}");
+        let suspects = self.machine.volumes.values().filter(|v| v.deaths > 0 && v.is_adopting()).count();
+        assert!(suspects == 0 || adopting == 1, "{suspects} suspects among {adopting} that are adopted");
     }
 
     fn attach(&mut self) -> u64 {
@@ -190,30 +192,58 @@ proptest! {
     }
 }
 
+/// What an agent that dies now leaves to the next one.
+fn next_agent(world: &mut World, last: u64) -> u64 {
+    world.told.clear();
+    world.die(last);
+    world.attach()
+}
+
+fn adopt(volume: &str, agent: u64, attempts: u32) -> Action {
+    Action::Adopt(volume.into(), agent, attempts)
+}
+
 #[test]
-fn a_worker_that_dies_while_it_adopts_raises_the_attempts_of_that_volume_only() {
+fn volumes_that_an_agent_died_over_are_adopted_alone_and_distrusted_only_if_another_dies_over_one() {
     let mut world = World::new();
     let first = world.attach();
-    world.publish("a");
-    world.publish("b");
-    world.die(first);
-    let second = world.attach();
-    let adopt = |volume: &str, agent, attempts| Action::Adopt(volume.into(), agent, attempts);
-    assert_eq!(world.told, [adopt("a", second, 0), adopt("b", second, 0)]);
+    ["a", "b", "c"].iter().for_each(|volume| world.publish(volume));
+    let second = next_agent(&mut world, first);
+    assert_eq!(world.told, [adopt("a", second, 0), adopt("b", second, 0), adopt("c", second, 0)]);
     world.act(0, false);
-    world.told.clear();
-    world.die(second);
-    let third = world.attach();
-    assert_eq!(world.told, [adopt("a", third, 0), adopt("b", third, 1)]);
-    world.act(1, false);
-    world.told.clear();
-    world.die(third);
-    let fourth = world.attach();
+    let third = next_agent(&mut world, second);
+    assert_eq!(world.told, [adopt("a", third, 0)], "the innocent first");
+    world.act(0, false);
+    assert_eq!(world.told, [adopt("b", third, 0)], "and then one at a time, trusted");
+    let fourth = next_agent(&mut world, third);
+    world.act(0, false);
+    assert_eq!(world.told, [adopt("c", fourth, 0)], "the one with fewer deaths");
+    world.act(0, false);
+    assert_eq!(world.told, [adopt("b", fourth, 1)], "alone when an agent died: not trusted");
+    world.act(0, false);
+    let fifth = next_agent(&mut world, fourth);
     assert_eq!(
         world.told,
-        [adopt("a", fourth, 1), adopt("b", fourth, 0)],
+        [adopt("a", fifth, 0), adopt("b", fifth, 0), adopt("c", fifth, 0)],
         "an adoption that worked is forgiven"
     );
+}
+
+#[test]
+fn a_volume_that_kills_every_agent_does_not_keep_the_others_from_their_readers() {
+    let mut world = World::new();
+    let mut agent = world.attach();
+    ["a", "b", "killer", "z"].iter().for_each(|volume| world.publish(volume));
+    for round in 0..5 {
+        agent = next_agent(&mut world, agent);
+        let kills = |told: &Action| matches!(told, Action::Adopt(volume, ..) if &**volume == "killer");
+        while let Some(other) = world.told.iter().position(|told| !kills(told)) {
+            world.act(other, false);
+        }
+        assert_eq!(world.told, [adopt("killer", agent, u32::saturating_sub(round, 1))]);
+        let served = |volume| world.machine.state(volume) == Some(State::Served(agent));
+        assert!(["a", "b", "z"].into_iter().all(served));
+    }
 }
 
 #[test]

@@ -238,7 +238,8 @@ messages! {
         pod: String,
         /// What the descriptors after the first one are.
         parts: Vec<Part>,
-        /// How often an agent died while it adopted this volume: from 1 on, do not trust its state.
+        /// How often an agent died while it adopted this volume and no other: from 1 on, do not trust its state. An agent that died while
+        /// it adopted several counts for none of them.
         attempts: u32,
     }
     /// Keep this part for my successor; it takes the place of an earlier one of the same kind and number.
