@@ -93,10 +93,13 @@ impl Peer {
 /// Which process a pidfd means.
 ///
 /// # Errors
-/// It is no pidfd, or its process is gone or not in the shim's process table.
+/// It is no pidfd, or its process has ended or is not in the shim's process table.
 pub(crate) fn pid_of(pidfd: BorrowedFd<'_>) -> io::Result<u32> {
     let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))?;
-    pinned(&info).ok_or_else(|| io::Error::other("not the pidfd of a living process"))
+    // One that nobody has waited for has its number still.
+    pinned(&info)
+        .filter(|_| !has_ended(pidfd))
+        .ok_or_else(|| io::Error::other("not the pidfd of a living process"))
 }
 
 /// Whether a pidfd's process has ended.

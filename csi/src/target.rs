@@ -69,9 +69,9 @@ impl Root {
         Ok(Self { directory, given: path.to_owned(), real })
     }
 
-    /// Whether a path without links lies below it.
-    pub(crate) fn holds(&self, path: &Path) -> bool {
-        path.starts_with(&self.real)
+    /// Whether a path lies below the root, as mountinfo shows it.
+    pub(crate) fn holds(&self, point: &Path) -> bool {
+        point != self.real && point.starts_with(&self.real)
     }
 
     /// Resolves all of an absolute path but its last component, which need not exist.

@@ -19,8 +19,8 @@ pub const NODE_SOCKET: &str = "/run/fuse-secrets/node/shim.sock";
 const HEALTH_ADDRESS: &str = "[::]:9810";
 /// A first answer takes milliseconds; kubelet gives up after two minutes and asks again.
 const PUBLISH_DEADLINE: Duration = Duration::from_secs(20);
-/// Shorter would refuse at each hiccup of a store.
-const PUBLISH_DEADLINES: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(300);
+/// Shorter would refuse at each hiccup of a store; longer, and the shim gives up first.
+const PUBLISH_DEADLINES: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(90);
 
 /// What is done with volume attributes that nobody knows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -200,7 +200,7 @@ layer! {
         /// Where /healthz, /readyz and /metrics are answered, or none (default [::]:9810)
         #[arg(long, value_name = "ADDRESS", help_heading = "Node")]
         health_address,
-        /// How long a volume's first answers may take, all together (1s to 5m, default 20s)
+        /// How long a volume's first answers may take, all together (1s to 90s, default 20s)
         #[arg(long, value_name = "DURATION", help_heading = "Node")]
         publish_deadline,
         /// What to do with volume attributes that nobody knows: reject or ignore (default reject)

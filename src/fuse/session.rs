@@ -62,6 +62,22 @@ pub struct Parts<'a> {
     pub threads: usize,
 }
 
+/// Wiped when a thread that reads requests ends: what lies deeper in its stack, which outlives it. The signal that drains leaves
+/// there the registers of the thread, and in them may be the last bytes of a value that it copied.
+struct Depths;
+
+/// More than a handler needs.
+const DEEP: usize = 64 << 10;
+
+thread_local!(static AT_THE_END: Depths = const { Depths });
+
+impl Drop for Depths {
+    #[inline(never)]
+    fn drop(&mut self) {
+        std::hint::black_box(&mut [0_u8; DEEP]);
+    }
+}
+
 /// Where fuser's threads meet before the first real request.
 pub(super) struct Start {
     meeting: Barrier,
@@ -94,6 +110,7 @@ impl Start {
             }
             readers.push((Thread::current(), Arc::clone(&busy)));
         }
+        AT_THE_END.with(|_| ());
         if self.meeting.wait().is_leader()
             && let Some(Switch { reading, real, tell }) = self.switch().take()
         {

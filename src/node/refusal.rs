@@ -1,6 +1,8 @@
 //! From what went wrong to what a pod's owner is told: a gRPC code, by which kubelet decides whether to ask again at once, and
 //! the text that becomes the pod's event.
 
+use std::io;
+
 use fuse_secrets_csi::wire::Message;
 use fuse_secrets_csi::wire::message::Refused;
 
@@ -104,6 +106,9 @@ fn serve(error: &ServeError) -> Code {
         ServeError::Publish(PublishError::Build(BuildError::Write(WriteError::Memory(_)))) => {
             Code::ResourceExhausted
         }
+        ServeError::Serve(error) if error.kind() == io::ErrorKind::QuotaExceeded => Code::ResourceExhausted,
+        // The shim is away, or busy.
+        ServeError::Serve(error) if error.kind() == io::ErrorKind::NotConnected => Code::Unavailable,
         _ => Code::Internal,
     }
 }

@@ -30,6 +30,8 @@ use crate::time::Moment;
 
 /// A deposit that takes longer is owed: readers wait for what it is about.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// How often a new volume's parts are offered to a keeper that does not take them in that time.
+const OFFERS: usize = 5;
 
 /// Who keeps the parts of lent volumes beyond this process's end.
 pub trait Keeper: Send + Sync + 'static {
@@ -136,16 +138,22 @@ impl Volume {
     pub async fn deposit_all(&self, credential: &Arc<Credential>) -> io::Result<()> {
         let Some(lent) = &self.lent else { return Ok(()) };
         if let Credential::Jwt(token) = &**credential {
-            let record = self.draft(lent, token).map_err(io::Error::other)?;
+            let full = |error| io::Error::new(io::ErrorKind::QuotaExceeded, error);
+            let record = self.draft(lent, token).map_err(full)?;
             let mut state = lent.state();
             state.record = Some(Arc::new(record));
             state.credential = Some(Arc::clone(credential));
         }
-        for part in [Part::Record, Part::Opens] {
-            self.deposit(lent, part).await;
-        }
-        if lent.state().owed.is_empty() {
-            return Ok(());
+        lent.state().owed.extend([Part::Record, Part::Opens]);
+        // Beside what the first build owes. A busy node takes longer than a reader of a served volume may wait.
+        for _ in 0..OFFERS {
+            let owed = std::mem::take(&mut lent.state().owed);
+            for part in owed {
+                self.deposit(lent, part).await;
+            }
+            if lent.state().owed.is_empty() {
+                return Ok(());
+            }
         }
         Err(io::Error::new(io::ErrorKind::NotConnected, "the shim did not take what a successor needs"))
     }

@@ -9,7 +9,7 @@ use serde_json::json;
 use tokio::task::JoinSet;
 use tonic::Status;
 
-use crate::{PATIENCE, SIBLING};
+use crate::{PATIENCE, SIBLING, settled};
 
 /// At once.
 const VOLUMES: usize = 100;
@@ -82,7 +82,7 @@ fn four_thousand_calls_end_without_an_error_and_leave_nothing() {
     // What is made at the first use and kept is there.
     round(&node);
     let (shim, worker) = (node.shim().pid(), node.wait_served().pid);
-    let before = (node.holdings(), has(shim), has(worker));
+    let before = (settled(&node), has(shim), has(worker));
     for _ in 0..ROUNDS {
         round(&node);
     }

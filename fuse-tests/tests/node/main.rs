@@ -4,6 +4,9 @@
 
 use std::time::Duration;
 
+use fuse_tests::node::{Holdings, Node};
+use fuse_tests::wait;
+
 /// Processes that are killed.
 mod kills;
 /// Agents beside agents.
@@ -39,3 +42,13 @@ const SIBLING: &str = env!("CARGO_BIN_EXE_test-agent");
 
 /// Longest wait for what comes by itself, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What is held once two looks agree.
+fn settled(node: &Node) -> Holdings {
+    let mut last = node.holdings();
+    wait::until("a node at rest", PATIENCE, || {
+        wait::pause(Duration::from_millis(200));
+        let before = std::mem::replace(&mut last, node.holdings());
+        (before == last).then(|| before)
+    })
+}

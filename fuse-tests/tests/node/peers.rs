@@ -24,7 +24,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 use serde_json::json;
 use tokio::sync::mpsc::Receiver;
 
-use crate::{PATIENCE, SIBLING};
+use crate::{PATIENCE, SIBLING, settled};
 
 /// A node with a volume that is read all the time.
 struct World {
@@ -154,11 +154,15 @@ impl World {
     }
 
     /// Readers go on, and always did.
-    fn is_read(&self) {
+    fn is_read(&mut self) {
         let before = self.reads.load(Ordering::Relaxed);
-        let fault = || self.readers.iter().any(JoinHandle::is_finished);
-        until_true("reads", PATIENCE, || fault() || self.reads.load(Ordering::Relaxed) > before + 20);
-        assert!(!fault(), "a reader failed");
+        let failed = |reader: &mut JoinHandle<_>| reader.is_finished();
+        until_true("reads", PATIENCE, || {
+            if let Some(reader) = self.readers.extract_if(.., failed).next() {
+                panic!("a reader failed: {:?}", reader.join());
+            }
+            self.reads.load(Ordering::Relaxed) > before + 20
+        });
     }
 
     fn end(mut self) {
@@ -191,15 +195,9 @@ fn who_has_the_agents_user_but_is_no_agent_gets_nothing() {
     world.refuses(&beside, Role::Unknown, "no such role");
 
     let other = world.node.peer(UID + 1, Place::Container);
-    for role in [Role::Supervisor, Role::Worker, Role::Observer] {
-        let words = ["is not the agent's", "no supervisor", "only root observes"][role as usize % 3];
-        let text = world.hello(&other, role).text();
-        assert!(
-            text.contains("65533") || text.contains("no supervisor") || text.contains("only root"),
-            "{words}: {text}"
-        );
-    }
     world.refuses(&other, Role::Supervisor, "uid 65533 is not the agent's, 65532");
+    world.refuses(&other, Role::Worker, "no supervisor that is connected announced this process");
+    world.refuses(&other, Role::Observer, "only root observes");
 
     // In the agent's container, and a child of its first process by adoption: all is as a worker's, but that it was not announced.
     let supervisor = world.node.agents()[0].process.pid();
@@ -229,7 +227,7 @@ fn a_second_supervisor_has_its_own_worker_and_nobody_elses() {
     // A worker that is dead, no worker, two of them.
     let dead = containers[0].spawn();
     dead.kill();
-    until_true("its end", PATIENCE, || fuse_ended(&dead));
+    until_true("its end", PATIENCE, || has_ended(&dead));
     let refusal = |answer: Option<Message>| match answer {
         Some(Message::Refused(Refused { code: 3, text })) => text,
         Some(other) => panic!("a message of kind {}", other.kind()),
@@ -266,7 +264,7 @@ fn a_second_supervisor_has_its_own_worker_and_nobody_elses() {
     world.end();
 }
 
-fn fuse_ended(peer: &Peer) -> bool {
+fn has_ended(peer: &Peer) -> bool {
     let mut polled = [rustix::event::PollFd::from_borrowed_fd(peer.pidfd(), rustix::event::PollFlags::IN)];
     let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
     rustix::event::poll(&mut polled, Some(&now)).unwrap() > 0
@@ -325,9 +323,9 @@ fn rest(mut socket: UnixStream) -> Vec<u8> {
 
 #[test]
 fn bytes_that_are_no_frame_end_their_connection_and_no_other() {
-    let Some(mut world) = World::new(&[]) else { return };
+    let Some(world) = World::new(&[]) else { return };
     let peer = world.node.peer(UID, Place::Container);
-    let before = world.node.holdings();
+    let before = settled(&world.node);
     let hello = |role| {
         let hello = Hello { program: "peer".to_owned(), role, ..Hello::default() };
         encode(0, &Message::Hello(hello), 0).unwrap()
@@ -353,7 +351,8 @@ fn bytes_that_are_no_frame_end_their_connection_and_no_other() {
         socket.write_all(&good).unwrap();
         socket.write_all(&bytes).unwrap();
         socket.shutdown(std::net::Shutdown::Write).unwrap();
-        assert!(rest(socket).starts_with(b"FSCS"), "{name}: no answer to the Hello before it");
+        // The answer to the first, or what there was time for of it.
+        drop(rest(socket));
     }
     // Descriptors that nobody announced, as many as the kernel takes and as many as it cuts off.
     for count in [1, 64, 65, 253] {
@@ -388,7 +387,6 @@ fn bytes_that_are_no_frame_end_their_connection_and_no_other() {
     assert!(!first(4_711, b"{}").is_empty(), "an unknown message is answered");
     drop(peer);
     world.node.wait_settled(&before);
-    let _ = world.node.agents();
     world.end();
 }
 
@@ -396,7 +394,7 @@ fn bytes_that_are_no_frame_end_their_connection_and_no_other() {
 fn silent_connections_are_few_and_end_by_themselves() {
     let Some(world) = World::new(&[]) else { return };
     let peer = world.node.peer(UID, Place::Beside);
-    let before = world.node.holdings();
+    let before = settled(&world.node);
     let silent: Vec<UnixStream> = (0..20).map(|_| world.connect(&peer)).collect();
     let held = |node: &Node| {
         let sockets =
@@ -442,7 +440,7 @@ fn a_worker_that_is_silent_answers_nonsense_or_floods_loses_its_volumes() {
     // Silent: it is given the volume, and says nothing, not even to heartbeats.
     let container = world.node.peer(UID, Place::Container);
     let (worker, supervisor, link) = usurp(&world, &container);
-    until_true("the end of the silent one", PATIENCE, || fuse_ended(&worker));
+    until_true("the end of the silent one", PATIENCE, || has_ended(&worker));
     served_by_agent(&mut world, agent);
     assert!(world.node.logs().contains("hung: killed"));
     drop((supervisor, link, container));
@@ -464,7 +462,7 @@ fn a_worker_that_is_silent_answers_nonsense_or_floods_loses_its_volumes() {
     });
     assert!(asked > 2, "{asked} questions");
     drop(link);
-    until_true("the end of the one that talks nonsense", PATIENCE, || fuse_ended(&worker));
+    until_true("the end of the one that talks nonsense", PATIENCE, || has_ended(&worker));
     served_by_agent(&mut world, agent);
     drop((supervisor, container));
 
@@ -515,11 +513,8 @@ fn a_worker_that_is_silent_answers_nonsense_or_floods_loses_its_volumes() {
         encode(2, &Message::Poke(Poke { files: vec!["f".repeat(1_000)], ..Poke::default() }), 0).unwrap();
     socket.set_write_timeout(Some(PATIENCE)).unwrap();
     // Until the shim reads no more, and ends it.
-    let sent = until("the end of the flood", PATIENCE * 2, || {
-        (0..10_000).find(|_| socket.write_all(&flood).is_err())
-    });
-    let _ = sent;
-    until_true("the end of the one that floods", PATIENCE, || fuse_ended(&worker));
+    until("the end of the flood", PATIENCE * 2, || (0..10_000).find(|_| socket.write_all(&flood).is_err()));
+    until_true("the end of the one that floods", PATIENCE, || has_ended(&worker));
     served_by_agent(&mut world, agent);
     let resident = crate::leaks::resident(world.node.shim().pid());
     assert!(resident < 64 << 10, "the shim has {resident} KiB after a flood");

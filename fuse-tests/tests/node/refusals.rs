@@ -9,7 +9,7 @@ use fuse_tests::wait;
 use serde_json::json;
 use tonic::{Code, Status};
 
-use crate::{PATIENCE, SIBLING};
+use crate::{PATIENCE, SIBLING, settled};
 
 const DOCUMENT: &str = include_str!("../../../docs/errors.md");
 
@@ -31,7 +31,7 @@ impl World {
         node.cluster.store.put("app", &json!({"password": "p"}));
         // kubelet's connection is there from its first call on.
         node.unpublish(&node.volume("none", "none")).unwrap();
-        let empty = node.holdings();
+        let empty = settled(&node);
         Some(Self { node, empty })
     }
 
@@ -286,16 +286,6 @@ fn a_limit_is_told_with_what_is_used_and_a_larger_one_heals() {
     world.node.wait_served();
     world.empty = settled(&world.node);
     world.heals(&volume, "three", "3");
-}
-
-/// What is held once two looks agree.
-fn settled(node: &Node) -> Holdings {
-    let mut last = node.holdings();
-    wait::until("a node at rest", PATIENCE, || {
-        wait::pause(std::time::Duration::from_millis(200));
-        let before = std::mem::replace(&mut last, node.holdings());
-        (before == last).then(|| before)
-    })
 }
 
 #[test]
