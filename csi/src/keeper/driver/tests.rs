@@ -115,12 +115,19 @@ fn settings(directory: &Path, handover: Handover, gap_deadline: Duration) -> Set
     }
 }
 
-async fn connect(directory: &Path, role: Role) -> (Link, tokio::sync::mpsc::Receiver<Asked>, Message) {
-    let socket = UnixStream::connect(directory.join("node/shim.sock")).await.unwrap();
+type Connection = (Link, tokio::sync::mpsc::Receiver<Asked>, Message);
+
+async fn connect(directory: &Path, role: Role) -> Connection {
+    try_connect(directory, role).await.expect("no shim answers")
+}
+
+/// `None`: there is no shim, or it goes.
+async fn try_connect(directory: &Path, role: Role) -> Option<Connection> {
+    let socket = UnixStream::connect(directory.join("node/shim.sock")).await.ok()?;
     let (link, asked) = Link::start(socket, End::Connected);
     let hello = Message::Hello(Hello { role, ..Hello::default() });
-    let answer = link.ask(&hello, Vec::new(), soon()).await.unwrap();
-    (link, asked, answer)
+    let answer = link.ask(&hello, Vec::new(), soon()).await.ok()?;
+    Some((link, asked, answer))
 }
 
 async fn supervise(directory: &Path) -> Link {
@@ -179,13 +186,9 @@ fn worker() {
     runtime.spawn(async move {
         let mut served: HashMap<String, OwnedFd> = HashMap::new();
         loop {
-            if UnixStream::connect(directory.join("node/shim.sock")).await.is_err() {
-                tokio::time::sleep(Duration::from_millis(10)).await;
-                continue;
-            }
-            let (link, mut asked, answer) = connect(&directory, Role::Worker).await;
-            let Message::Hello(hello) = answer else {
-                // Not announced yet.
+            let connected = try_connect(&directory, Role::Worker).await;
+            let Some((link, mut asked, Message::Hello(hello))) = connected else {
+                // No shim, or not announced to it yet.
                 tokio::time::sleep(Duration::from_millis(10)).await;
                 continue;
             };
