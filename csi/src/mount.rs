@@ -66,6 +66,24 @@ pub(crate) fn create(volume: &str, options: &Options) -> Result<(OwnedFd, Detach
     Ok((fuse, mount))
 }
 
+/// Ends a connection: its requests fail, those that wait and all to come. Its mounts stay, dead, until they are covered or taken
+/// away. One that has ended is left alone. By the control file system of FUSE (Documentation/filesystems/fuse/fuse.rst), which
+/// need not be mounted anywhere.
+///
+/// # Errors
+/// The kernel has no such file system, or this process not the right.
+pub(crate) fn abort(Device(_, number): Device) -> io::Result<()> {
+    let context = fsopen("fusectl", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_create(context.as_fd())?;
+    let control = fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
+    let file = format!("{number}/abort");
+    match rustix::fs::openat(&control, file, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty()) {
+        Ok(file) => Ok(rustix::io::write(file, b"1").map(drop)?),
+        Err(Errno::NOENT) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// Makes a further mount of the file system of a connection.
 ///
 /// # Errors

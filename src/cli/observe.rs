@@ -24,8 +24,8 @@ const STATE_COLUMNS: usize = 26;
 
 /// Ends `abort`'s long help.
 pub const HELP: &str = "\
-For a volume that nothing else ends: no agent comes back, or the pod hangs. Needs root. kubelet's next publish mounts \
-the volume anew, but a container that runs keeps the dead mount until its pod is restarted.
+For a volume that nothing else ends: no agent comes back, or the pod hangs. Needs root. Its readers get an error, and its \
+mount is dead until kubelet's next publish makes it work again, also in containers that run.
 
 Examples:
       fuse-secrets mounts --from-shim

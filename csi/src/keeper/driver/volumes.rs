@@ -8,7 +8,6 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use fuse_secrets_csi::wire::message::{self, Message, Stats, Unpublish};
-use rustix::mount::{UnmountFlags, unmount};
 use tokio::sync::OwnedMutexGuard;
 
 use super::*;
@@ -79,7 +78,8 @@ impl node::Volumes for Keeper {
 }
 
 impl Keeper {
-    /// Ends a volume's connection, and takes its mounts from this namespace: its readers get an error wherever they are.
+    /// Ends a volume's connection: its readers get an error wherever they are. The dead mount stays where it is, so that the next
+    /// publish finds it, and heals every pod that has it.
     pub(super) async fn abort(self, volume: &str) -> Result<(), Refusal> {
         let volume = Name::from(volume);
         let _turn = self.turn(&volume).await?;
@@ -93,11 +93,7 @@ impl Keeper {
                 |error: io::Error| Refusal::new(code::INTERNAL, format!("cannot abort {name}: {error}"));
             let ours = mountinfo::read().map_err(failed)?;
             let is = |entry: &&Entry| entry.volume() == Some(&name) && inner.root.holds(&entry.point);
-            for entry in ours.iter().filter(is) {
-                let flags = UnmountFlags::FORCE | UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
-                unmount(&entry.point, flags).map_err(|error| failed(error.into()))?;
-            }
-            Ok(())
+            ours.iter().filter(is).try_for_each(|entry| mount::abort(entry.device)).map_err(failed)
         })
         .await?;
         tracing::warn!(%volume, "aborted");
