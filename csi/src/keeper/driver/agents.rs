@@ -201,7 +201,8 @@ impl Keeper {
         self.0.metrics.deaths.increment();
         tracing::info!(agent, "an agent is gone");
         let Ok(()) = self.apply_if(|kept| {
-            kept.agents.remove(&agent);
+            // Somebody else may hold its end of the connection.
+            kept.agents.remove(&agent).inspect(|gone| gone.link.close());
             Ok::<_, std::convert::Infallible>(Event::Gone(agent, kept.waiting()))
         });
     }
