@@ -55,7 +55,8 @@ fn demo(length: Duration) -> Result<u64, Error> {
     node.cluster.class(
         "app",
         &[("db-password", "secret/data/app", Some("password"))],
-        &[("refreshInterval", "1s")],
+        // No read waits for the store: it is stopped now and then.
+        &[("refreshInterval", "1s"), ("maxAge", "1h")],
     );
     let mut stage = Stage { node, start: Instant::now(), version: 0, killed: 0 };
     stage.rotate();
