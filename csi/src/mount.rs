@@ -290,7 +290,7 @@ mod tests {
         let (_fuse, mount) = create("csi-2", &options()).unwrap();
         mount.attach(&target).unwrap();
         let entries = mountinfo::read().unwrap();
-        let points: Vec<_> = entries.iter().filter(|entry| entry.volume().is_some()).collect();
+        let points: Vec<_> = entries.iter().filter(|entry| entry.volume() == Some("csi-2")).collect();
         assert!(points.iter().all(|entry| entry.point == node.directory().join("c/mount")), "{points:?}");
         assert_eq!((points.len(), detach_all(&target).unwrap()), (1, 1));
     }
