@@ -257,7 +257,7 @@ mod tests {
         );
         assert_eq!(super::device(target.open().unwrap().as_fd()).unwrap(), device);
         let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
-        let line = text.lines().find(|line| line.contains("fuse.fuse-secrets")).unwrap();
+        let line = text.lines().find(|line| line.contains(" fuse.fuse-secrets csi-1 ")).unwrap();
         let (before, after) = line.split_once(" - ").unwrap();
         assert!(before.contains(" ro,nosuid,nodev,noexec,"), "{line}");
         assert_eq!(
@@ -300,7 +300,7 @@ mod tests {
         let (_fuse, mount) = create("csi-1", &options()).unwrap();
         let error = mount.attach(&target).unwrap_err();
         assert!(error.to_string().contains("symbolic links"), "{error}");
-        assert!(mountinfo::read().unwrap().iter().all(|entry| entry.volume().is_none()));
+        assert!(mountinfo::read().unwrap().iter().all(|entry| entry.volume() != Some("csi-1")));
 
         let target = node.target("b/mount");
         std::fs::rename(node.directory().join("b"), node.directory().join("c")).unwrap();
@@ -308,7 +308,7 @@ mod tests {
         let (_fuse, mount) = create("csi-2", &options()).unwrap();
         mount.attach(&target).unwrap();
         let entries = mountinfo::read().unwrap();
-        let points: Vec<_> = entries.iter().filter(|entry| entry.volume().is_some()).collect();
+        let points: Vec<_> = entries.iter().filter(|entry| entry.volume() == Some("csi-2")).collect();
         assert!(points.iter().all(|entry| entry.point == node.directory().join("c/mount")), "{points:?}");
         assert_eq!((points.len(), detach_all(&target).unwrap()), (1, 1));
     }
