@@ -67,7 +67,7 @@ fn hand_overs(plan: &Plan, node: &mut Node, watch: &Watch) -> Result<Vec<Row>, E
         until("the next agent", SOON, || node.serving().filter(|now| now.agent != before.agent));
         until_true("all volumes at the next agent", SOON, || {
             let (volumes, _) = node.observe();
-            volumes.iter().all(|volume| volume.state == "served" && volume.agent != before.agent)
+            volumes.iter().all(|volume| volume.state == "serving" && volume.agent != before.agent)
         });
         watch.settle();
         longest.times.push(watch.longest().as_secs_f64() * 1e9);
