@@ -217,6 +217,9 @@ fn flags_fill_the_layer() {
 #[test]
 fn the_documentation_lists_every_setting() {
     let document = include_str!("../../docs/configuration.md");
+    // The shim's flags are its own, and held against it there.
+    let (before, shim) = document.split_once("\n## Shim").unwrap();
+    let document = [before, shim.split_once("\n## ").unwrap().1].concat();
     let mut listed: Vec<_> = document
         .lines()
         .filter_map(|line| line.strip_prefix("| `--"))

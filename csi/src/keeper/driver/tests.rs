@@ -342,6 +342,8 @@ async fn outlives_its_workers(handover: Handover) {
     assert!(!node.target("a").exists());
     node.keeper.clone().abort("b").await.unwrap();
     assert!(node.keeper.status().volumes.is_empty());
+    // It stays, dead, until the next publish covers it or this.
+    node.keeper.unpublish("b", &node.target("b")).await.unwrap();
     assert!(node.directory.mounts().is_empty());
     drop(second);
 }
