@@ -3,6 +3,8 @@
 use std::io::Write as _;
 use std::path::PathBuf;
 
+use crate::node::peer::Cgroup;
+
 /// Whether mounts can be made; if not, says so.
 ///
 /// # Panics
@@ -35,6 +37,19 @@ pub fn server(variable: &str, required: bool) -> Option<PathBuf> {
         }
     }
     found
+}
+
+/// A cgroup of a test's own; if none can be made, says so.
+///
+/// # Panics
+/// It cannot, and `CI=true`.
+#[must_use]
+pub fn cgroup() -> Option<Cgroup> {
+    let made = Cgroup::new();
+    if made.is_none() {
+        let _ = lacking("no hierarchy of cgroups can be written");
+    }
+    made
 }
 
 fn lacking(why: &str) -> bool {

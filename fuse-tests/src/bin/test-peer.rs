@@ -40,6 +40,7 @@ fn main() {
     }
 }
 
+#[allow(clippy::zombie_processes, reason = "a child that nobody has waited for is what a test wants")]
 fn spawn() -> Vec<OwnedFd> {
     let (ours, theirs) =
         socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();

@@ -49,6 +49,6 @@ fn settled(node: &Node) -> Holdings {
     wait::until("a node at rest", PATIENCE, || {
         wait::pause(Duration::from_millis(200));
         let before = std::mem::replace(&mut last, node.holdings());
-        (before == last).then(|| before)
+        (before == last).then_some(before)
     })
 }

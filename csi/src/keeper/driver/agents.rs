@@ -232,7 +232,7 @@ impl Keeper {
         let fuse = hold::keep(fuse, self.0.settings.handover).map_err(|error| invalid(error.to_string()))?;
         let Adopt { volume, target, pod, parts, .. } = adopt;
         let parts = parts.into_iter().zip(descriptors).collect();
-        let held = Held { fuse: Arc::new(fuse), parts, target, pod };
+        let held = Held { fuse: Arc::new(fuse), parts, at: None, target, pod };
         self.apply_if(|kept| {
             let name = Name::from(volume);
             if kept.machine.state(&name) != Some(State::Unclaimed) {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use fuse_secrets_csi::wire::MOST_DESCRIPTORS;
@@ -17,7 +18,9 @@ const FUSE: (u32, u32) = (10, 229);
 pub(super) struct Held {
     pub(super) fuse: Arc<OwnedFd>,
     pub(super) parts: BTreeMap<Part, OwnedFd>,
-    /// For people.
+    /// Where this shim mounted it; none if an earlier one did.
+    pub(super) at: Option<PathBuf>,
+    /// For people, as an agent may have said it.
     pub(super) target: String,
     /// For people: `namespace/name`.
     pub(super) pod: String,
@@ -54,6 +57,11 @@ impl Held {
             attempts,
         };
         Ok((Message::Adopt(adopt), descriptors))
+    }
+
+    /// Whether it is known to be mounted at another target. What an agent says of that decides nothing.
+    pub(super) fn is_elsewhere(&self, target: &Path) -> bool {
+        self.at.as_ref().is_some_and(|at| at != target)
     }
 
     /// Whether a request waits to be read.

@@ -52,7 +52,7 @@ impl node::Volumes for Keeper {
             let kept = self.kept();
             let state = kept.machine.state(volume).ok_or_else(missing)?;
             let held = kept.volumes.get(volume);
-            if held.is_some_and(|held| Path::new(&held.target) != target) {
+            if held.is_some_and(|held| held.is_elsewhere(target)) {
                 return Err(missing());
             }
             (kept.is_dead(volume), kept.link(state.agent()))
@@ -107,7 +107,7 @@ impl Keeper {
         let elsewhere = {
             let kept = self.kept();
             kept.alone(volume, &target)?;
-            kept.volumes.get(volume).is_some_and(|held| Path::new(&held.target) != target)
+            kept.volumes.get(volume).is_some_and(|held| held.is_elsewhere(&target))
         };
         let found = blocking(move || match inner.root.resolve(&target) {
             Err(TargetError::Missing(_)) => Ok(None),
@@ -129,13 +129,13 @@ impl Keeper {
     async fn publish_whole(&self, publish: Publish) -> Result<Vec<String>, Refusal> {
         let name = Name::from(publish.volume.as_str());
         let _turn = self.turn(&name).await?;
-        let held = self.kept().volumes.get(&name).map(|held| (held.target.clone(), held.is_dead()));
-        let is_dead = match held {
-            Some((at, _)) if Path::new(&at) != publish.target => {
+        let held = |held: &Held| (held.is_elsewhere(&publish.target), held.is_dead(), held.target.clone());
+        let is_dead = match self.kept().volumes.get(&name).map(held) {
+            Some((true, _, at)) => {
                 let text = format!("volume {name} is published at {at:?}; a pod's volume has one target");
                 return Err(Refusal::new(code::FAILED_PRECONDITION, text));
             }
-            held => held.map(|(_, is_dead)| is_dead),
+            held => held.map(|(_, is_dead, _)| is_dead),
         };
         match is_dead {
             Some(false) => return Ok(self.renew(&name, publish).await),
@@ -228,7 +228,13 @@ impl Keeper {
         let pod = |key| publish.pod.get(key).map_or("", String::as_str);
         let pod = [pod("csi.storage.k8s.io/pod.namespace"), pod("csi.storage.k8s.io/pod.name")].join("/");
         let shown = publish.target.to_string_lossy().into_owned();
-        let held = Held { fuse: Arc::new(fuse), parts: BTreeMap::new(), target: shown, pod: pod.clone() };
+        let held = Held {
+            fuse: Arc::new(fuse),
+            parts: BTreeMap::new(),
+            at: Some(publish.target.clone()),
+            target: shown,
+            pod: pod.clone(),
+        };
         self.apply_if(|kept| {
             let most = self.0.settings.max_volumes;
             let count = kept.machine.states().count();
@@ -333,7 +339,7 @@ impl Keeper {
 impl Kept {
     /// Nobody else's target.
     fn alone(&self, name: &Name, target: &Path) -> Result<(), Refusal> {
-        let other = |(other, held): &(&Name, &Held)| *other != name && Path::new(&held.target) == target;
+        let other = |(other, held): &(&Name, &Held)| *other != name && held.at.as_deref() == Some(target);
         self.volumes.iter().find(other).map_or(Ok(()), |(other, _)| Err(occupied(target, other)))
     }
 }
