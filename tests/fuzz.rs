@@ -1,6 +1,13 @@
 //! What others wrote and this program reads: snapshots and records of another version, classes. Random and mutated, for as long
 //! as `FUZZ_SECONDS` says (default 1). `FUZZ_SEED` repeats a run.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::print_stdout,
+    reason = "what fails in here is a test that fails, and says with which seed"
+)]
+
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::ops::Range;

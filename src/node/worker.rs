@@ -162,6 +162,8 @@ impl<V: Volumes> Worker<V> {
             tracing::info!(agent = hello.agent, handover = ?hello.handover, shim = hello.program, "attached");
             self.attachment.set(State::Returning(link.clone()));
             let resend = hello.handover == Handover::Resend;
+            // Before any question is heard: what this shim gives is not to be given back to it.
+            let estates = self.volumes.estates();
             let answering = async {
                 let mut tasks = JoinSet::new();
                 while let Some(asked) = questions.recv().await {
@@ -173,7 +175,7 @@ impl<V: Volumes> Worker<V> {
                 tasks.detach_all();
             };
             let offering = async {
-                self.offer(&link).await;
+                Self::offer(&link, estates).await;
                 self.attachment.set(State::Attached(link.clone()));
                 std::future::pending::<()>().await;
             };
@@ -217,9 +219,9 @@ impl<V: Volumes> Worker<V> {
     }
 
     /// Gives a shim that restarted what it had.
-    async fn offer(&self, link: &Link) {
+    async fn offer(link: &Link, estates: Vec<Estate>) {
         let mut offers = JoinSet::new();
-        for estate in self.volumes.estates() {
+        for estate in estates {
             if offers.len() >= OFFERS {
                 offers.join_next().await;
             }
