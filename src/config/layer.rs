@@ -197,7 +197,7 @@ layer! {
         /// Directory of classes: DIR/NAMESPACE/*.yaml
         #[arg(long, value_name = "DIR", help_heading = "Node")]
         classes,
-        /// Where /healthz, /readyz and /metrics are answered, or none (default [::]:9810)
+        /// Where /healthz, /readyz and /metrics are answered, or none (default: port 9810 of every address)
         #[arg(long, value_name = "ADDRESS", help_heading = "Node")]
         health_address,
         /// How long a volume's first answers may take, all together (1s to 90s, default 20s)

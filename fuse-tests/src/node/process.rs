@@ -152,6 +152,7 @@ pub(super) fn reachable(program: &Path, directory: &Path) -> PathBuf {
 mod tests {
     use super::*;
     use crate::needs;
+    use crate::wait::until_true;
 
     #[test]
     fn an_agent_is_the_first_process_of_its_namespace_and_may_do_nothing() {
@@ -189,7 +190,8 @@ mod tests {
             list.split_whitespace().map(|pid| PathBuf::from(format!("/proc/{pid}"))).next()
         };
         let child = until("its child", SOON, children);
-        assert!(child.exists() && process.log() == "started\n");
+        until_true("its word", SOON, || process.log() == "started\n");
+        assert!(child.exists());
         drop(process);
         assert!(!child.exists());
     }

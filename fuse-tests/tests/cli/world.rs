@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
+use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use rustix::fs::{CWD, FileType, makedev, mknodat};
@@ -32,7 +33,11 @@ impl World {
         mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
         // A copy of somebody else's mount would keep it alive here when its owner unmounts it.
         for point in fuse_mounts() {
-            umount2(&point, MntFlags::MNT_DETACH).unwrap();
+            match umount2(&point, MntFlags::MNT_DETACH) {
+                // Its owner has taken its directory away meanwhile: no path leads to it any more.
+                Ok(()) | Err(Errno::ENOENT | Errno::EINVAL) => {}
+                Err(error) => panic!("{}: {error}", point.display()),
+            }
         }
         // The program may lie below /tmp or where only root may look: bound first.
         mount(Some("none"), "/run", Some("tmpfs"), MsFlags::empty(), Some("mode=755")).unwrap();
