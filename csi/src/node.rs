@@ -1,7 +1,7 @@
 //! CSI Node. Each call is checked, handed to the keeper and logged in one line, without its body.
 //!
 //! A pod's `volumeAttributes` arrive mixed with what kubelet knows of the pod and with its tokens; here they part. Tokens leave
-//! as [`Secret`]s, and what is refused is named by field and rule, never repeated: a token may stand in any of them.
+//! as `Secret`s, and what is refused is named by field and rule, never repeated: a token may stand in any of them.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -8,7 +8,7 @@
 //! first byte of its frame, and no read goes beyond the end of a frame, so none can come to another frame than its own. No answer
 //! carries descriptors.
 //!
-//! **Bounds.** A question holds one of [`AT_ONCE`] turns until it is both written and over, on the side that asks as on the side
+//! **Bounds.** A question holds one of `AT_ONCE` turns until it is both written and over, on the side that asks as on the side
 //! that answers. So neither queue grows beyond that, whatever the other side does, and a side that keeps to it never makes the
 //! other stop reading, behind which its answers would wait.
 //!
