@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!             Publishing ──published──▶ Served ◀──────adopted────── Adopting ◀─┐ an agent is there
-//!  mountinfo                             ▲ │ │                      │ │        │ (at most 8 at a time)
+//!  mountinfo                             ▲ │ │                      │ │        │ (at most 64 at a time)
 //!  at start ──▶ Unclaimed ──claimed──────┘ │ │ a newer agent        │ │ refused: later again
 //!               (an agent of before this   │ ▼ (at most 2)          │ ▼        │
 //!                shim deposits it again)   │ Draining ──drained──▶ Waiting ────┘◀──quiet── Hushing
@@ -39,9 +39,8 @@ pub(crate) const MOST_AGENTS: usize = 4;
 /// An agent that was silent for so long is taken for hung.
 pub(crate) const SILENCE: Duration = Duration::from_secs(5);
 
-/// Adoptions in flight after an agent's death: enough to keep its threads busy, and few, so that those whose readers wait
-/// are done before the rest begins.
-const MOST_ADOPTING: usize = 8;
+/// Adoptions in flight after an agent's death.
+const MOST_ADOPTING: usize = 64;
 /// Volumes on their way from a living agent to another, so that each one's own gap is short on few cores; more than one, as an
 /// open may hold a volume back for seconds.
 const MOST_MOVING: usize = 2;
