@@ -4,7 +4,7 @@
 //!             Publishing ──published──▶ Served ◀──────adopted────── Adopting ◀─┐ an agent is there
 //!  mountinfo                             ▲ │ │                      │ │        │ (at most 64 at a time)
 //!  at start ──▶ Unclaimed ──claimed──────┘ │ │ a newer agent        │ │ refused: later again
-//!               (an agent of before this   │ ▼ (at most 8)          │ ▼        │
+//!               (an agent of before this   │ ▼ (at most 2)          │ ▼        │
 //!                shim deposits it again)   │ Draining ──drained──▶ Waiting ────┘◀──quiet── Hushing
 //!                                          └───its agent is gone──▶ │ ▲                        ▲
 //!                                                  gone: attempts+1 ┘ └                        │ an agent is there
@@ -41,8 +41,9 @@ pub(crate) const SILENCE: Duration = Duration::from_secs(5);
 
 /// Adoptions in flight after an agent's death.
 const MOST_ADOPTING: usize = 64;
-/// Volumes on their way from a living agent to another, so that each one's own gap is short.
-const MOST_MOVING: usize = 8;
+/// Volumes on their way from a living agent to another, so that each one's own gap is short on few cores; more than one, as an
+/// open may hold a volume back for seconds.
+const MOST_MOVING: usize = 2;
 /// Agents that are remembered after their end.
 const MOST_GONE: usize = 8;
 /// An adoption that was refused is asked for again after this, doubled each time ...
@@ -216,6 +217,8 @@ impl Machine {
                 if let Some(agent) = self.agents.get_mut(&agent) {
                     agent.answered = now;
                 }
+                // Moves no volume.
+                return actions;
             }
             Event::Left(agent) => {
                 if let Some(agent) = self.agents.get_mut(&agent).filter(|a| a.standing == Standing::Attached)

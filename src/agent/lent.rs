@@ -256,6 +256,12 @@ impl Agent {
         self.served.get(id).map(|entry| Arc::clone(entry.value()))
     }
 
+    /// The names of all that are served, in no order.
+    #[must_use]
+    pub fn names(&self) -> Vec<VolumeId> {
+        self.served.iter().map(|entry| entry.key().clone()).collect()
+    }
+
     /// All lent volumes with all their parts, for a keeper that was started anew. One for which no descriptor is left is missing.
     #[must_use]
     pub fn estates(&self) -> Vec<Estate> {
@@ -278,12 +284,13 @@ impl Agent {
     /// Whether all moves that readers depend on: the cache's task, the invalidator, every handler; and that none has
     /// ended that should not.
     pub async fn alive(&self) -> bool {
-        let stuck = |served: Arc<Served>| served.session.busy_for() > STUCK;
+        // Asked every second: not for a sorted copy of all.
+        let is_stuck = || self.served.iter().any(|served| served.session.busy_for() > STUCK);
         if self.failed.load(Ordering::Acquire) {
             tracing::error!("a volume cannot be served any more");
         } else if self.invalidator.busy_for() > STUCK {
             tracing::error!("the kernel has not taken an invalidation for 5 s");
-        } else if self.served().into_iter().any(stuck) {
+        } else if is_stuck() {
             tracing::error!("a request has not been answered for 5 s");
         } else if !matches!(tokio::time::timeout(ANSWER, self.cache.answers()).await, Ok(true)) {
             tracing::error!("the cache does not answer");
@@ -309,7 +316,9 @@ fn negotiate(fuse: OwnedFd) -> io::Result<(OwnedFd, Init)> {
 async fn sweep(agent: Weak<Agent>) {
     loop {
         tokio::time::sleep(SWEEP).await;
-        let Some(served) = agent.upgrade().map(|agent| agent.served()) else { return };
+        let Some(agent) = agent.upgrade() else { return };
+        let served: Vec<_> = agent.served.iter().map(|entry| Arc::clone(entry.value())).collect();
+        drop(agent);
         for served in served {
             served.volume().sweep(Moment::now()).await;
         }

@@ -17,6 +17,9 @@ use crate::secret::harden::{Measure, Outcome};
 const WIRE: [&str; 9] =
     ["h2", "hyper", "hyper_util", "hyper_rustls", "reqwest", "rustls", "tower", "axum", "fuser"];
 
+/// Where fuser tells, as an error, that a session was drained. How one ends is told by [`crate::fuse::session`].
+const REQUESTS: &str = "fuser::request";
+
 /// How to log.
 #[derive(Args)]
 pub struct Options {
@@ -68,7 +71,7 @@ pub fn start(options: &Options) -> Result<(), FilterError> {
     let filter = filter(&options.log)?;
     let quiet = filter_fn(|event| {
         let root = event.target().split("::").next().unwrap_or_default();
-        *event.level() <= Level::WARN || !WIRE.contains(&root)
+        (*event.level() <= Level::WARN || !WIRE.contains(&root)) && event.target() != REQUESTS
     });
     let lines = fmt::layer().with_writer(std::io::stderr).with_target(false);
     let lines = match options.log_format {

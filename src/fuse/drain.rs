@@ -15,7 +15,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{
     AddressFamily, RecvFlags, Shutdown, SocketFlags, SocketType, recv, shutdown, socketpair, sockopt,
 };
-use zeroize::Zeroizing;
+use zeroize::Zeroize;
 
 use super::notify::Wire;
 use crate::sys::fd::Kept;
@@ -45,7 +45,8 @@ pub(super) fn run<K>(
     shutdown(&ours, Shutdown::Write)?;
     // The number is fuser's alone now: with its last reply it is closed.
     drop(reading);
-    let mut reply = Zeroizing::new(vec![0; LONGEST]);
+    // Only what a reply touches of it is ever memory, and is wiped at once.
+    let mut reply = vec![0; LONGEST];
     while Instant::now() < deadline {
         if !ended() {
             for reader in &readers {
@@ -61,7 +62,9 @@ pub(super) fn run<K>(
         if length == 0 {
             return Ok(());
         }
-        match rustix::io::write(real.as_fd(), &reply[..length]) {
+        let written = rustix::io::write(real.as_fd(), &reply[..length]);
+        reply[..length].zeroize();
+        match written {
             // Whoever asked is gone, or the mount is.
             Ok(_) | Err(rustix::io::Errno::NOENT | rustix::io::Errno::NODEV | rustix::io::Errno::NOTCONN) => {
             }

@@ -38,7 +38,7 @@ pub struct Session {
     wire: Arc<Wire>,
     start: Arc<Start>,
     /// fuser's descriptor, until it is drained.
-    reading: Mutex<Option<Kept<fuser::Notifier>>>,
+    reading: Arc<Mutex<Option<Kept<fuser::Notifier>>>>,
 }
 
 /// How a session ended.
@@ -156,18 +156,21 @@ impl Session {
         let (tell, switched) = sync_channel(1);
         let reading = |session: &fuser::Session<_>| Kept::new(session.as_fd(), session.notifier());
         *start.switch() = Some(Switch { reading: reading(&session), real: Arc::clone(&wire), tell });
-        let reading = reading(&session);
+        let reading = Arc::new(Mutex::new(Some(reading(&session))));
         if resend && let Err(error) = wire.resend() {
             tracing::warn!(%error, volume = %fs.volume().id().0, "requests of the agent before may be lost");
         }
         let (tell_end, ended) = watch::channel(None);
         let volume = fs.volume().id().0.clone();
+        let kept = Arc::downgrade(&reading);
         std::thread::Builder::new().name("fuse".to_owned()).spawn(move || {
             let end = match session.run() {
                 Ok(()) => End::Unmounted,
                 Err(error) => {
-                    // The end of a drained one is none of these, and is told by who drains it.
-                    tracing::debug!(volume, %error, "the session ended");
+                    // The end of a drained one looks the same, and is told by who drains it.
+                    if kept.upgrade().is_some_and(|kept| is_kept(&kept)) {
+                        tracing::error!(volume, %error, "the session failed");
+                    }
                     End::Failed
                 }
             };
@@ -176,7 +179,7 @@ impl Session {
         let switched = switched.recv_timeout(STARTING);
         switched
             .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "the session's threads do not start"))??;
-        Ok(Self { ended, wire, start, reading: Mutex::new(Some(reading)) })
+        Ok(Self { ended, wire, start, reading })
     }
 
     /// The descriptor on which it answers.
@@ -215,9 +218,13 @@ impl Session {
         let mut ended = self.ended.clone();
         // An error means that the thread ended without a word.
         let end = ended.wait_for(Option::is_some).await.map_or(End::Failed, |end| end.unwrap_or(End::Failed));
-        let drained = self.reading.lock().unwrap_or_else(PoisonError::into_inner).is_none();
-        if drained { End::Drained } else { end }
+        if is_kept(&self.reading) { end } else { End::Drained }
     }
+}
+
+/// Whether a session was not drained.
+fn is_kept(reading: &Mutex<Option<Kept<fuser::Notifier>>>) -> bool {
+    reading.lock().unwrap_or_else(PoisonError::into_inner).is_some()
 }
 
 /// Puts a file system on a mounted descriptor whose INIT was answered. It serves when it is run, with `threads` threads. For

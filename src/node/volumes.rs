@@ -43,7 +43,7 @@ impl Volumes for Arc<Agent> {
     }
 
     fn served(&self) -> Vec<VolumeId> {
-        Agent::served(self).iter().map(|served| served.volume().id().clone()).collect()
+        self.names()
     }
 
     fn audience(&self, id: &VolumeId) -> Option<Option<String>> {

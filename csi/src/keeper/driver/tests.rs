@@ -200,7 +200,8 @@ fn worker() {
                 continue;
             };
             for (volume, fuse) in &served {
-                let adopt = Message::Adopt(Adopt { volume: volume.clone(), ..Adopt::default() });
+                let target = directory.join(volume).to_string_lossy().into_owned();
+                let adopt = Message::Adopt(Adopt { volume: volume.clone(), target, ..Adopt::default() });
                 link.ask(&adopt, vec![fuse.try_clone().unwrap()], soon()).await.unwrap();
             }
             while let Some(Asked { message, descriptors, reply }) = asked.recv().await {
