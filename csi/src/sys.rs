@@ -165,16 +165,6 @@ pub(crate) fn pin_heaps() {
     }
 }
 
-/// Gives free pages back to the kernel, wherever in the heap they lie: glibc itself gives back only what is free at the heap's
-/// end. Walks the whole heap. Elsewhere there is nothing to give back.
-pub(crate) fn trim() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: malloc_trim takes a number and locks each heap while it walks it; blocks in use stay as they are.
-    unsafe {
-        libc::malloc_trim(0);
-    }
-}
-
 /// The system's allocator, which wipes every block before it is freed: tokens pass through buffers of libraries that wipe nothing.
 pub(crate) struct Wiping;
 

@@ -23,7 +23,7 @@ use crate::keeper::{Action, Event, Machine, Name, State};
 use crate::metrics::Metrics;
 use crate::peer::Rule;
 use crate::target::{Root, TargetError};
-use crate::{mount, mountinfo, sys};
+use crate::{mount, mountinfo};
 use hold::Held;
 
 /// Who speaks: connections, roles, heartbeats.
@@ -53,8 +53,6 @@ const ADOPT: Duration = Duration::from_secs(10);
 /// An agent gives requests that it has read 6 s.
 const DRAIN: Duration = Duration::from_secs(8);
 const TICK: Duration = Duration::from_secs(1);
-/// Volumes that leave within this time are one go.
-const TIDY: Duration = Duration::from_secs(10);
 
 /// How this node is set up.
 #[derive(Clone, Debug)]
@@ -186,21 +184,7 @@ impl Keeper {
                 ticking.apply(Event::Tick);
             }
         });
-        tokio::spawn(keeper.clone().tidy());
         Ok(keeper)
-    }
-
-    /// Gives back the heap's free pages when there are fewer volumes than a while ago.
-    async fn tidy(self) {
-        let (mut before, mut every) = (0, tokio::time::interval(TIDY));
-        loop {
-            every.tick().await;
-            let now = self.kept().machine.states().count();
-            if now < before {
-                drop(tokio::task::spawn_blocking(sys::trim));
-            }
-            before = now;
-        }
     }
 
     /// Tells which mounts of before nobody can serve any more: all processes that had their connections were killed.
