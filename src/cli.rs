@@ -89,7 +89,7 @@ pub enum Command {
     Agent(Box<agent::Options>),
     /// List what is mounted: freshness, generations, opens, errors; never a value
     Mounts(mounts::Options),
-    /// End a volume that the shim keeps: its readers get an error, its mount goes
+    /// End a volume that the shim keeps: its readers get an error until it is published again
     #[command(after_long_help = observe::HELP)]
     Abort {
         /// The volume's name, as `fuse-secrets mounts --from-shim` shows it

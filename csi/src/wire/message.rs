@@ -15,7 +15,7 @@
 //! | `WhoIs` | worker | | with itself |
 //! | `Event` | worker | | |
 //! | `Volumes` | observer | | with itself |
-//! | `Abort` | observer | | when the volume is gone |
+//! | `Abort` | observer | | when its connection has ended |
 //!
 //! An observer is a process of root's that only looks: `fuse-secrets mounts --from-shim`.
 
@@ -304,7 +304,7 @@ messages! {
         /// The agents that are attached, and the last that ended.
         agents: Vec<AgentStatus>,
     }
-    /// End a volume: its readers get an error, its mount goes.
+    /// End a volume: its readers get an error until it is published again.
     13 Abort {
         /// The volume.
         volume: String,
