@@ -8,8 +8,6 @@
     reason = "what fails in here is a test that fails, and says with which seed"
 )]
 
-use std::collections::hash_map::RandomState;
-use std::hash::BuildHasher;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,6 +18,11 @@ use fuse_secrets::reference::{Address, AuthMethod, Subject};
 use fuse_secrets::secret::pages::{Pages, SecretMemory, Sharing};
 use fuse_secrets::volume::record::Record;
 use fuse_secrets::volume::snapshot::Snapshot;
+
+#[path = "../csi/tests/fuzz/dice.rs"]
+mod dice;
+
+use dice::{Dice, time};
 
 const SNAPSHOT: &str = include_str!("snapshot-v1.hex");
 const RECORD: &str = include_str!("record-v1.hex");
@@ -52,49 +55,16 @@ const PIECES: [&str; 16] = [
     "\u{feff}",
 ];
 
-/// Numbers that a seed repeats (SplitMix64).
-struct Dice(u64);
-
-impl Dice {
-    fn new() -> Self {
-        let seed = std::env::var("FUZZ_SEED").map(|seed| seed.parse().expect("a number in FUZZ_SEED"));
-        let seed = seed.unwrap_or_else(|_| RandomState::new().hash_one(0));
-        // Shown when the test fails.
-        println!("FUZZ_SEED={seed}");
-        Self(seed)
-    }
-
-    fn number(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        usize::try_from(self.number() % u64::try_from(limit.max(1)).unwrap()).unwrap()
-    }
-
-    fn bytes(&mut self, most: usize) -> Vec<u8> {
-        (0..self.below(most)).map(|_| self.number().to_le_bytes()[0]).collect()
-    }
-
-    fn range(&mut self, within: usize) -> Range<usize> {
-        let (one, other) = (self.below(within + 1), self.below(within + 1));
-        one.min(other)..one.max(other)
-    }
-
-    /// Mostly short ones: what is left should often be read.
-    fn piece(&mut self, within: usize) -> Range<usize> {
-        let range = self.range(within);
-        if self.below(4) == 0 { range } else { range.start..range.end.min(range.start + 8) }
-    }
+/// A place of this length or less, mostly a short one: what is left should often be read.
+fn piece(dice: &mut Dice, within: usize) -> Range<usize> {
+    let range = dice.range(within);
+    if dice.below(4) == 0 { range } else { range.start..range.end.min(range.start + 8) }
 }
 
 /// A few changes.
 fn mutate(dice: &mut Dice, bytes: &mut Vec<u8>) {
     for _ in 0..dice.below(5) {
-        let range = dice.piece(bytes.len());
+        let range = piece(dice, bytes.len());
         match dice.below(7) {
             0 if !bytes.is_empty() => {
                 let at = dice.below(bytes.len());
@@ -125,9 +95,7 @@ fn mutate(dice: &mut Dice, bytes: &mut Vec<u8>) {
 
 /// Runs `once` until the time is over; it tells whether its input was read.
 fn run(mut once: impl FnMut(&mut Dice) -> bool) {
-    let seconds =
-        std::env::var("FUZZ_SECONDS").map(|seconds| seconds.parse().expect("seconds in FUZZ_SECONDS"));
-    let end = Instant::now() + Duration::from_secs(seconds.unwrap_or(1));
+    let end = Instant::now() + time();
     let (mut dice, mut read, mut refused) = (Dice::new(), 0u64, 0u64);
     while Instant::now() < end {
         if once(&mut dice) { read += 1 } else { refused += 1 }

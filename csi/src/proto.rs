@@ -4,8 +4,7 @@
 //! A request is made of plain strings, also where it carries tokens: it has no `Debug`, is taken apart at once (`node`), and the
 //! shim's allocator wipes what it leaves behind.
 
-// Generated: documented in `proto/`.
-#![allow(missing_docs)]
+#![allow(missing_docs, reason = "generated: documented in `proto/`")]
 
 /// Identity and Node.
 pub mod csi {

@@ -136,7 +136,7 @@ pub fn encode(id: u32, message: &Message, descriptors: usize) -> Result<Zeroizin
     let carried = u16::try_from(descriptors).ok().filter(|count| *count <= MOST_DESCRIPTORS);
     let carried = carried.ok_or(Fault::Descriptors(descriptors))?;
     let kind = message.kind();
-    let mut count = Count(0);
+    let mut count = Count::default();
     message.write(&mut count).map_err(|_| Fault::Payload(kind))?;
     let length = u32::try_from(count.0).ok().filter(|_| count.0 <= LONGEST);
     let length = length.ok_or(Fault::TooLong(count.0))?;
@@ -152,8 +152,9 @@ pub fn encode(id: u32, message: &Message, descriptors: usize) -> Result<Zeroizin
     Ok(frame)
 }
 
-/// Counts what is written to it.
-struct Count(usize);
+/// Counts the bytes that are written to it: what is to hold a secret is made as long as it must be, and never grows.
+#[derive(Debug, Default)]
+pub struct Count(pub usize);
 
 impl Write for Count {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {

@@ -8,8 +8,6 @@
     reason = "what fails in here is a test that fails"
 )]
 
-use std::collections::hash_map::RandomState;
-use std::hash::BuildHasher;
 use std::io::{IoSlice, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
@@ -21,6 +19,11 @@ use fuse_secrets_csi::wire::message::{Done, Message};
 use fuse_secrets_csi::wire::{Fault, HEADER, Header, LONGEST, MOST_DESCRIPTORS, encode};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use tokio::net::UnixStream;
+
+#[path = "fuzz/dice.rs"]
+mod dice;
+
+use dice::{Dice, time};
 
 const RECORDED: &str = include_str!("wire-v1.hex");
 /// What stands in the recorded `Publish`.
@@ -41,47 +44,8 @@ const PIECES: [&str; 12] = [
     "\u{feff}",
 ];
 
-/// Numbers that a seed repeats (SplitMix64).
-struct Dice(u64);
-
-impl Dice {
-    fn new() -> Self {
-        let seed = std::env::var("FUZZ_SEED").map(|seed| seed.parse().expect("a number in FUZZ_SEED"));
-        let seed = seed.unwrap_or_else(|_| RandomState::new().hash_one(0));
-        // Shown when the test fails.
-        println!("FUZZ_SEED={seed}");
-        Self(seed)
-    }
-
-    fn number(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        usize::try_from(self.number() % u64::try_from(limit.max(1)).unwrap()).unwrap()
-    }
-
-    fn bytes(&mut self, most: usize) -> Vec<u8> {
-        (0..self.below(most)).map(|_| self.number().to_le_bytes()[0]).collect()
-    }
-
-    fn range(&mut self, within: usize) -> std::ops::Range<usize> {
-        let (one, other) = (self.below(within + 1), self.below(within + 1));
-        one.min(other)..one.max(other)
-    }
-}
-
 fn seeds() -> Vec<Vec<u8>> {
     RECORDED.lines().map(|line| hex::decode(line).unwrap()).collect()
-}
-
-fn time() -> Duration {
-    let seconds =
-        std::env::var("FUZZ_SECONDS").map(|seconds| seconds.parse().expect("seconds in FUZZ_SECONDS"));
-    Duration::from_secs(seconds.unwrap_or(1))
 }
 
 /// Noise, or a recorded frame with a few changes, whose length is mostly right all the same.

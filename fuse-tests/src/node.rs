@@ -149,9 +149,18 @@ impl Node {
     /// They do not within 10 s.
     #[must_use]
     pub fn start(sibling: &str) -> Self {
+        Self::start_with(sibling, &[], &[])
+    }
+
+    /// The same, with these arguments of shim and agent beside the usual ones.
+    ///
+    /// # Panics
+    /// They do not serve within 10 s.
+    #[must_use]
+    pub fn start_with(sibling: &str, shim: &[&str], agent: &[&str]) -> Self {
         let mut node = Self::new(sibling);
-        node.start_shim(&[]);
-        node.start_agent(&[]);
+        node.start_shim(shim);
+        node.start_agent(agent);
         node.wait_served();
         node
     }

@@ -10,9 +10,9 @@
 //! ```
 //! Numbers little endian. No error repeats what was read: it may be the token.
 
-use std::io::{self, Write};
 use std::sync::Arc;
 
+use fuse_secrets_csi::wire::Count;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::Pod;
@@ -90,7 +90,7 @@ impl Draft<'_> {
     /// [`MemoryError`]
     pub fn write(&self, memory: &Arc<SecretMemory>) -> Result<Pages, MemoryError> {
         let unwritable = |error: serde_json::Error| MemoryError::Kernel(error.into());
-        let mut count = Count(0);
+        let mut count = Count::default();
         serde_json::to_writer(&mut count, self).map_err(unwritable)?;
         let mut pages = memory.allocate(HEADER + count.0, Sharing::Lent)?;
         let (header, mut text) = pages.expose_mut().split_at_mut(HEADER);
@@ -143,20 +143,6 @@ fn expose<S: Serializer>(token: &&Token, serializer: S) -> Result<S::Ok, S::Erro
 
 fn token<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Token, D::Error> {
     Token::new(String::deserialize(deserializer)?).map_err(serde::de::Error::custom)
-}
-
-/// Counts what is written to it.
-struct Count(usize);
-
-impl Write for Count {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0 += bytes.len();
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
 }
 
 #[cfg(test)]

@@ -40,10 +40,7 @@ impl World {
         if !needs::kernel() {
             return None;
         }
-        let mut node = Node::new(SIBLING);
-        node.start_shim(shim);
-        node.start_agent(&[]);
-        node.wait_served();
+        let mut node = Node::start_with(SIBLING, shim, &[]);
         node.cluster.store.put("app", &json!({"password": "p"}));
         node.cluster.class("app", &[("password", "secret/data/app", Some("password"))], &[]);
         // What is made at the first use, and kept, is there.

@@ -71,10 +71,7 @@ impl World {
         if !needs::kernel() {
             return None;
         }
-        let mut node = Node::new(SIBLING);
-        node.start_shim(shim);
-        node.start_agent(&[]);
-        node.wait_served();
+        let node = Node::start_with(SIBLING, shim, &[]);
         node.cluster.store.put("app", &json!({"password": "p".repeat(5_000)}));
         node.cluster.class("app", &[("password", "secret/data/app", Some("password"))], &[]);
         let volume = node.volume("web-0", "app");

@@ -24,10 +24,7 @@ impl World {
         if !needs::kernel() {
             return None;
         }
-        let mut node = Node::new(SIBLING);
-        node.start_shim(&[]);
-        node.start_agent(agent);
-        node.wait_served();
+        let node = Node::start_with(SIBLING, &[], agent);
         node.cluster.store.put("app", &json!({"password": "p"}));
         // kubelet's connection is there from its first call on.
         node.unpublish(&node.volume("none", "none")).unwrap();

@@ -34,9 +34,7 @@ impl Stage {
         if !needs::kernel() {
             return None;
         }
-        let mut node = Node::new(SIBLING);
-        node.start_shim(shim);
-        node.start_agent(&[]);
+        let node = Node::start_with(SIBLING, shim, &[]);
         node.cluster.stamped_class("app", age);
         node.cluster.stamp("app", 1, LENGTH / volumes);
         let volumes: Vec<Volume> = (0..volumes).map(|n| node.volume(&format!("pod-{n}"), "app")).collect();
