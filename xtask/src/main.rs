@@ -10,6 +10,7 @@
 //! | `go.rs` | building what is written in Go |
 //! | `vault.rs` | how the real Vault server for the tests is built |
 //! | `sanity.rs` | which programs call the shim as Kubernetes does |
+//! | `oci.rs` | images of one layer |
 //! | `command.rs` | running other programs |
 
 // This is a program that talks to people in a terminal.
@@ -19,6 +20,7 @@ mod bench;
 mod command;
 mod demo;
 mod go;
+mod oci;
 mod sanity;
 mod setup;
 mod test;
