@@ -125,8 +125,8 @@ fn attributes_must_name_one_class() {
         ),
         (
             &[DATABASE, ("objects", "[]"), ("role", "admin")],
-            "volumeAttributes.objects: is unknown; remove it; known are secretProviderClass, secretsStoreImport\n\
-             volumeAttributes.role: is unknown; remove it; known are secretProviderClass, secretsStoreImport",
+            "volumeAttributes.objects: is a parameter of the class, and a pod overrides nothing of it; write it into the class, or \
+             remove it\nvolumeAttributes.role: is unknown; remove it; known are secretProviderClass, secretsStoreImport",
         ),
     ] {
         let refusal = refused(publish(attributes));

@@ -284,7 +284,7 @@ async fn a_connection_without_an_address_is_an_error() {
 #[tokio::test]
 async fn many_connections_do_not_pile_up() {
     let server = Server::start(|_, _| say(200, SECRET)).await;
-    let http = super::Http::new(std::sync::Arc::default());
+    let http = super::Http::new(std::sync::Arc::default(), super::Reach::anywhere());
     for n in 0..super::MOST_POOLS + 10 {
         let mut to = connection(&[&server.url()]);
         to.namespace = Some(format!("n{n}"));
