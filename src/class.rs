@@ -220,11 +220,11 @@ impl fmt::Display for Class {
 
 /// What the spec of either kind gives, as in [`Class`].
 #[derive(Default)]
-struct Parts {
-    settings: Settings,
-    files: Vec<FileSpec>,
-    warnings: Vec<Warning>,
-    spelt: Vec<(&'static str, &'static str)>,
+pub(crate) struct Parts {
+    pub(crate) settings: Settings,
+    pub(crate) files: Vec<FileSpec>,
+    pub(crate) warnings: Vec<Warning>,
+    pub(crate) spelt: Vec<(&'static str, &'static str)>,
 }
 
 fn read(document: &Value, sink: &Sink) -> Option<Class> {

@@ -47,7 +47,7 @@ pub use kubelet::{Kubelet, Volume};
 pub use process::{Process, UID};
 
 /// Classes may name any store.
-const ANYWHERE: &str = r#"[{namespaces: ["*"], addresses: ["*"]}]"#;
+const ANYWHERE: &str = r#"--allow=[{namespaces: ["*"], addresses: ["*"]}]"#;
 
 /// In the node's directory.
 const CSI_SOCKET: &str = "kubelet/plugins/fuse-secrets/csi.sock";
@@ -202,7 +202,15 @@ impl Node {
         command.arg("--node-socket").arg(self.node_socket()).arg("--classes").arg(self.path.join("classes"));
         command.args(["--address", &self.cluster.store.address(), "--auth-method", "jwt"]);
         // The store is on this machine, and some classes name it in a way of their own.
-        command.args(["--allow-local-addresses", "--allow", ANYWHERE]);
+        for usual in ["--allow-local-addresses=true", ANYWHERE] {
+            let (name, _) = usual.split_once('=').unwrap();
+            if !arguments
+                .iter()
+                .any(|argument| argument.starts_with(name) && !argument[name.len()..].starts_with('-'))
+            {
+                command.arg(usual);
+            }
+        }
         command.args(["--health-address", &health.to_string()]).args(arguments);
         let process = Process::spawn_init(command, self.next_log("agent"));
         self.agents.push(Agent { process, health });
