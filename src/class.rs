@@ -246,7 +246,7 @@ fn read(document: &Value, sink: &Sink) -> Option<Class> {
         root.fault("spec", broken("is missing", "write what the volume asks for"));
     }
     let spec = root.mapping("spec")?;
-    let Parts { settings, files, mut warnings, spelt } = match kind {
+    let Parts { settings, files, warnings, spelt } = match kind {
         Kind::SecretProviderClass => provider_class::read(&spec, labels.as_ref(), annotations.as_ref(), sink),
         Kind::SecretsStoreImport => {
             let (settings, files) = store_import::read(&spec, annotations.as_ref(), sink);
@@ -256,8 +256,9 @@ fn read(document: &Value, sink: &Sink) -> Option<Class> {
     let _ = settings.freshness.complete(sink);
     spec.finish();
     root.finish();
-    warnings.extend(transport_warnings(&settings));
-    Some(Class { kind, namespace, name: name?, settings, files, warnings, spelt })
+    let mut class = Class { kind, namespace, name: name?, settings, files, warnings, spelt };
+    class.warnings.extend(transport_warnings(&class));
+    Some(class)
 }
 
 fn kind(root: &Fields<'_>) -> Option<Kind> {
@@ -316,17 +317,17 @@ pub(crate) fn object_name(text: &str) -> Result<String, crate::config::fault::Br
     Err(broken("is not a Kubernetes name", "use lower-case letters, digits, - and ., at most 253"))
 }
 
-fn transport_warnings(settings: &Settings) -> Vec<Warning> {
-    let connection = &settings.connection;
+fn transport_warnings(class: &Class) -> Vec<Warning> {
+    let connection = &class.settings.connection;
     let mut warnings = Vec::new();
-    let mut warn = |field: &str, text: &str| {
-        warnings.push(Warning { field: field.to_owned(), text: text.to_owned() });
+    let mut warn = |setting, text: &str| {
+        warnings.push(Warning { field: class.field(setting), text: text.to_owned() });
     };
     if connection.skip_verify == Some(true) {
-        warn("skipTLSVerify", "any certificate is accepted: who stands in between reads tokens and secrets");
+        warn("SkipTLSVerify", "any certificate is accepted: who stands in between reads tokens and secrets");
     }
     if connection.addresses.iter().flatten().any(|address| !address.is_https()) {
-        warn("address", "http: tokens and secrets travel in clear text");
+        warn("Address", "http: tokens and secrets travel in clear text");
     }
     warnings
 }

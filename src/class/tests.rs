@@ -163,7 +163,7 @@ fn unsafe_transport_is_a_warning() {
         one(&provider_class("vaultAddress: http://v:8200\nvaultSkipTLSVerify: \"true\"", ONE_OBJECT, ""));
     assert_eq!(
         class.warnings.iter().map(|w| w.field.as_str()).collect::<Vec<_>>(),
-        ["skipTLSVerify", "address"]
+        ["spec.parameters.vaultSkipTLSVerify", "spec.parameters.vaultAddress"]
     );
 }
 

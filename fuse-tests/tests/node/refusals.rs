@@ -352,3 +352,21 @@ fn a_store_on_the_node_itself_is_asked_only_by_an_agent_that_is_told_to() {
     world.empty = settled(&world.node);
     world.heals(&volume, "password", "p");
 }
+
+#[test]
+fn secrets_that_a_pod_names_for_the_driver_are_dropped_with_a_warning() {
+    const CANARY: &str = "cAnArY-7f3a";
+    let Some(world) = World::new(&[]) else { return };
+    world.class("app", &[]);
+    let volume = world.node.volume("web-0", "app");
+    let mut request = volume.request();
+    request.secrets.insert("password".to_owned(), CANARY.to_owned());
+    let mut client = world.node.kubelet().client();
+    world.node.block_on(client.node_publish_volume(request)).unwrap();
+    assert_eq!(std::fs::read_to_string(volume.join("password")).unwrap(), "p");
+    let logs = world.node.logs();
+    assert!(logs.contains("nodePublishSecretRef: has no effect, nothing reads it; remove it"), "{logs}");
+    assert!(!logs.contains(CANARY));
+    world.node.unpublish(&volume).unwrap();
+    world.node.wait_settled(&world.empty);
+}

@@ -139,7 +139,7 @@ fn what_has_no_effect_is_a_warning_for_the_pods_owner() {
         [
             "nodePublishSecretRef: has no effect, nothing reads it; remove it",
             "SecretProviderClass app/elsewhere: spec.secretObjects: not synced yet: the volume works, but no Kubernetes Secret is made",
-            "SecretProviderClass app/elsewhere: skipTLSVerify: any certificate is accepted: who stands in between reads tokens and \
+            "SecretProviderClass app/elsewhere: spec.parameters.vaultSkipTLSVerify: any certificate is accepted: who stands in between reads tokens and \
          secrets",
         ]
     );
