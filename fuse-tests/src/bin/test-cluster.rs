@@ -46,13 +46,17 @@ fn stay() {
     });
     let cluster = Cluster::start(Options::from_env().unwrap());
     cluster.install();
-    let state = json!({
+    let mut state = json!({
         "pid": std::process::id(),
         "node": cluster.node_pid(),
         "directory": cluster.directory(),
         "kubeconfig": cluster.kubeconfig(),
         "hyperkube": Options::from_env().unwrap().programs.join("hyperkube"),
     });
+    if cluster.has_store() {
+        let store = cluster.store();
+        state["store"] = json!({"address": store.address(), "ca": store.ca(), "token": store.root_token()});
+    }
     println!("{state}");
     runtime.block_on(async {
         tokio::select! {

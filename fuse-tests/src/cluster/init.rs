@@ -6,7 +6,7 @@
 //!     └─ init PLAN   `start NAME`, `stop NAME`: one a line
 //! ```
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::io::Read as _;
 use std::os::unix::process::ExitStatusExt as _;
@@ -64,7 +64,7 @@ pub fn boot(plan: &Path) -> ExitCode {
 pub fn first_process(plan: &Path) {
     let plan = read(plan);
     mounts(&plan);
-    let mut running = Running { plan: &plan, wanted: BTreeSet::new(), pids: BTreeMap::new() };
+    let mut running = Running { plan: &plan, wanted: BTreeSet::new(), pids: HashMap::new() };
     let mut input = std::io::stdin();
     let mut said = Vec::new();
     loop {
@@ -88,7 +88,7 @@ pub fn first_process(plan: &Path) {
 struct Running<'a> {
     plan: &'a Plan,
     wanted: BTreeSet<String>,
-    pids: BTreeMap<Pid, String>,
+    pids: HashMap<Pid, String>,
 }
 
 impl Running<'_> {
