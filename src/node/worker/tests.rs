@@ -104,8 +104,11 @@ impl Volumes for Scripted {
         self.served.lock().unwrap().iter().cloned().map(VolumeId).collect()
     }
 
-    fn audience(&self, id: &VolumeId) -> Option<Option<String>> {
-        self.serves(id).then(|| Some("vault".to_owned()))
+    fn holder(&self, id: &VolumeId) -> Option<Holder> {
+        let (name, namespace, account) = ("web-0".to_owned(), "app".to_owned(), "web".to_owned());
+        let pod = Pod { name, namespace, service_account: account, uid: "pod-1".to_owned() };
+        let (audience, account_uid) = (Some("vault".to_owned()), "account-1".to_owned());
+        self.serves(id).then_some(Holder { audience, pod, account_uid })
     }
 
     fn size(&self, id: &VolumeId) -> Option<(u64, u64)> {
@@ -165,7 +168,7 @@ impl World {
         let config = AgentConfig::resolve(Layer::default(), Layer::default(), file).unwrap();
         let (volumes, metrics) = (Scripted::default(), Arc::new(Metrics::default()));
         let attachment = Attachment::new(Arc::clone(&metrics));
-        let worker = Worker::new(volumes.clone(), Arc::new(OneClass), config, attachment);
+        let worker = Worker::new(volumes.clone(), Arc::new(OneClass), None, config, attachment);
         let running = tokio::spawn(Arc::clone(&worker).run());
         Self { volumes, worker, listener, metrics, running, _directory: directory }
     }
