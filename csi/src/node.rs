@@ -50,6 +50,8 @@ pub struct Publish {
     pub group: Option<u32>,
     /// Service-account tokens by audience.
     pub tokens: BTreeMap<String, Secret>,
+    /// Whether `nodePublishSecretRef` named anything, which is dropped.
+    pub secret_ref: bool,
 }
 
 /// No, and why.
@@ -117,14 +119,11 @@ impl<V: Volumes> csi::node_server::Node for Node<V> {
         request: Request<csi::NodePublishVolumeRequest>,
     ) -> Answer<csi::NodePublishVolumeResponse> {
         let call = Call { name: "NodePublishVolume", volume: String::new(), pod: String::new() };
-        let (publish, dropped) = match read(request.into_inner()) {
-            Ok(read) => read,
+        let publish = match read(request.into_inner()) {
+            Ok(publish) => publish,
             Err(status) => return call.ends(Err(status)),
         };
         let call = Call { volume: publish.volume.clone(), pod: pod(&publish.pod), ..call };
-        if dropped > 0 {
-            call.warns("what nodePublishSecretRef names was dropped: nothing reads it");
-        }
         let done = self.volumes.publish(publish).await;
         done.iter().flatten().for_each(|warning| call.warns(warning));
         call.ends(done.map(|_| csi::NodePublishVolumeResponse {}).map_err(status))
@@ -181,8 +180,8 @@ impl<V: Volumes> csi::node_server::Node for Node<V> {
     }
 }
 
-/// Takes a request apart; also says how many secrets of the pod's own were dropped.
-fn read(request: csi::NodePublishVolumeRequest) -> Result<(Publish, usize), Status> {
+/// Takes a request apart; secrets of the pod's own are dropped.
+fn read(request: csi::NodePublishVolumeRequest) -> Result<Publish, Status> {
     let csi::NodePublishVolumeRequest { volume_id, target_path, volume_capability, .. } = request;
     let (mut secrets, mut context) = (request.secrets, request.volume_context);
     let [first, second] = [&mut secrets, &mut context].map(|map| map.remove(TOKENS).map(Zeroizing::new));
@@ -207,8 +206,8 @@ fn read(request: csi::NodePublishVolumeRequest) -> Result<(Publish, usize), Stat
         return Err(invalid(EPHEMERAL, NOT_OF_A_POD));
     }
     let tokens = self::tokens(&tokens)?;
-    let publish = Publish { volume: volume_id, target: target_path.into(), pod, attributes, group, tokens };
-    Ok((publish, secrets.len()))
+    let (target, secret_ref) = (target_path.into(), !secrets.is_empty());
+    Ok(Publish { volume: volume_id, target, pod, attributes, group, tokens, secret_ref })
 }
 
 /// What both calls for a volume must have. The name becomes a mount's source, and stands in logs.

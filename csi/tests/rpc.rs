@@ -219,6 +219,7 @@ async fn tokens_in_secrets_win_and_other_secrets_are_dropped() {
     let publish = server.published(request).await;
     assert_eq!(publish.tokens["vault"].expose(), "of-the-secrets");
     assert!(!publish.attributes.contains_key("password") && !publish.pod.contains_key(TOKENS));
+    assert!(publish.secret_ref, "the agent tells the pod's owner");
 }
 
 #[tokio::test]

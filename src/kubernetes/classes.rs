@@ -24,6 +24,7 @@ use kube::api::ListParams;
 use kube::core::WatchEvent;
 use rand::RngExt as _;
 use serde::Deserialize;
+use tokio::time::Instant;
 
 use super::api::{Api, ApiError};
 use crate::class::{Class, Classes, FindError, Kind};
@@ -105,33 +106,31 @@ async fn follow(api: Api, shelf: Arc<Shelf>) {
     // From where to watch; none: it must be listed.
     let mut version: Option<String> = None;
     loop {
+        let begun = Instant::now();
         let step = match &mut version {
-            None => list(&api, &shelf).await.map(|at| version = Some(at)),
-            Some(at) => match watch(&api, &shelf, at).await {
-                Ok(Ended::Quietly) => Ok(()),
-                Ok(Ended::TooOld) => {
-                    version = None;
-                    Ok(())
-                }
-                Err(error) => Err(error),
-            },
+            None => list(&api, &shelf).await.map(|at| {
+                version = Some(at);
+                Ended::Quietly
+            }),
+            Some(at) => watch(&api, &shelf, at).await,
         };
+        // What has worked for a while did not fail just before.
+        if begun.elapsed() > PAUSES.1 {
+            pause = PAUSES.0;
+        }
         match step {
-            Ok(()) => {
-                pause = PAUSES.0;
-                tokio::time::sleep(jittered(if version.is_some() { Duration::ZERO } else { BREATH })).await;
-            }
+            Ok(Ended::Quietly) => continue,
+            Ok(Ended::TooOld) => version = None,
             Err(error) if error.status == Some(404) => {
                 version = None;
                 shelf.absent();
                 tokio::time::sleep(jittered(ABSENT)).await;
+                continue;
             }
-            Err(error) => {
-                shelf.fell_behind(&error);
-                tokio::time::sleep(jittered(pause)).await;
-                pause = (pause * 2).min(PAUSES.1);
-            }
+            Err(error) => shelf.fell_behind(&error),
         }
+        tokio::time::sleep(jittered(pause)).await;
+        pause = (pause * 2).min(PAUSES.1);
     }
 }
 
@@ -177,7 +176,7 @@ enum Ended {
 
 /// Follows the changes from a version on, and moves it along.
 async fn watch(api: &Api, shelf: &Shelf, version: &mut String) -> Result<Ended, ApiError> {
-    let begun = tokio::time::Instant::now();
+    let begun = Instant::now();
     let too_old = |status: Option<u16>| status == Some(410);
     let events = match api.watch::<Object>(path(shelf.kind()), version).await {
         Err(error) if too_old(error.status) => return Ok(Ended::TooOld),

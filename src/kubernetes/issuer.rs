@@ -30,8 +30,8 @@ const REFRESH: Duration = Duration::from_secs(600);
 const FLOOR: Duration = Duration::from_secs(3);
 /// Longest pause after failures; the first is [`FLOOR`].
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
-/// How long a publish waits for a key that is not held.
-const PATIENCE: Duration = Duration::from_secs(8);
+/// How long is waited for a key that is not held: longer than [`FLOOR`], shorter than the shim's 5 s for a newer token.
+const PATIENCE: Duration = Duration::from_secs(4);
 /// Clocks may differ by as much.
 pub const LEEWAY: Duration = Duration::from_secs(60);
 
@@ -39,7 +39,7 @@ pub const LEEWAY: Duration = Duration::from_secs(60);
 pub struct Issuer {
     known: watch::Sender<Known>,
     missing: Arc<Notify>,
-    task: std::sync::OnceLock<tokio::task::JoinHandle<()>>,
+    task: tokio::task::JoinHandle<()>,
 }
 
 /// What is known of the issuer.
@@ -105,7 +105,7 @@ impl Issuer {
     pub fn start(api: Api, metrics: Arc<Metrics>) -> Arc<Self> {
         let (known, missing) = (watch::Sender::new(Known::default()), Arc::new(Notify::new()));
         let task = tokio::spawn(follow(api, metrics, known.clone(), Arc::clone(&missing)));
-        Arc::new(Self { known, missing, task: task.into() })
+        Arc::new(Self { known, missing, task })
     }
 
     /// Whether the issuer signed a token for this audience (empty: its own) and this moment. Waits for keys for some seconds at
@@ -145,9 +145,7 @@ impl Issuer {
 
 impl Drop for Issuer {
     fn drop(&mut self) {
-        if let Some(task) = self.task.get() {
-            task.abort();
-        }
+        self.task.abort();
     }
 }
 

@@ -26,6 +26,9 @@ use crate::volume::Pod;
 /// Attributes that name a class.
 const PROVIDER_CLASS: &str = "secretProviderClass";
 const STORE_IMPORT: &str = "secretsStoreImport";
+/// What is said of a volume with a `nodePublishSecretRef`.
+const SECRET_REF: &str =
+    "nodePublishSecretRef: has no effect, the Secret is not read; remove it from the pod's spec";
 /// Names that are told where one is not found.
 const MOST_NAMES: usize = 5;
 
@@ -46,13 +49,16 @@ pub struct Resolved {
 /// # Errors
 /// [`Refusal`]
 pub fn resolve(publish: Publish, classes: &dyn Classes, config: &AgentConfig) -> Result<Resolved, Refusal> {
-    let Publish { pod, attributes, mut tokens, .. } = publish;
+    let Publish { pod, attributes, mut tokens, secret_ref, .. } = publish;
     let (kind, name, mut warnings) = which(&attributes, config.unknown_attributes)?;
     let pod = context(&pod)?;
     let mut class = find(classes, kind, &pod.namespace, &name)?;
     warnings
         .extend(class.warnings.iter().map(|warning| format!("{class}: {}: {}", warning.field, warning.text)));
     let asked = class.settings.login.audience.take().or_else(|| config.under.login.audience.clone());
+    if secret_ref {
+        warnings.push(SECRET_REF.to_owned());
+    }
     let (audience, token) = pick(&mut tokens, asked.as_deref())?;
     let uid = account(&token, &audience, &pod)?;
     // So that a refused login names it, and a newer token is picked alike.
