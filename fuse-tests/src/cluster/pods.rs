@@ -1,12 +1,12 @@
 //! Pods on the node: what they are made of, and what is left of them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::{Cluster, PATIENCE};
+use super::{Cluster, PATIENCE, count};
 use crate::wait;
 
 /// The image of pods: a shell and its commands.
@@ -58,7 +58,7 @@ pub struct Remains {
 }
 
 impl Cluster {
-    /// Processes of a pod's container, in the numbers of the test; its first one is the first.
+    /// Processes of a pod's container, in the numbers of the test; the first one of its pid namespace is the first.
     ///
     /// # Panics
     /// The pod has no such container that runs.
@@ -133,7 +133,28 @@ impl Cluster {
     }
 }
 
-/// Processes with a text in the names of their cgroups, in the order of their numbers.
+/// Open descriptors of a process: how many of each kind.
+///
+/// # Panics
+/// It has ended.
+#[must_use]
+pub fn descriptors(pid: u32) -> BTreeMap<String, u64> {
+    // One that was closed meanwhile is not open.
+    let open =
+        fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten().map(|entry| fs::read_link(entry.path()));
+    count(open.flatten().map(|path| {
+        let path = path.display().to_string();
+        path.split_once(":[").map_or(path.clone(), |(kind, _)| kind.to_owned())
+    }))
+}
+
+/// The number that a process has in its own pid namespace.
+fn own_number(pid: u32) -> Option<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("NSpid:"))?.split_whitespace().last()?.parse().ok()
+}
+
+/// Processes with a text in the names of their cgroups, in the order of the numbers that they have in their own pid namespace.
 fn processes_in(cgroup: &str) -> Vec<u32> {
     let processes = fs::read_dir("/proc").unwrap().flatten();
     let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
@@ -142,6 +163,6 @@ fn processes_in(cgroup: &str) -> Vec<u32> {
             fs::read_to_string(format!("/proc/{pid}/cgroup")).is_ok_and(|text| text.contains(cgroup))
         })
         .collect();
-    pids.sort_unstable();
+    pids.sort_by_key(|pid| own_number(*pid));
     pids
 }
