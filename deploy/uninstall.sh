@@ -62,7 +62,7 @@ fi
 # From here on kubelets mount nothing of this driver; to unmount they do not need the object.
 kubectl delete csidriver "$driver" --ignore-not-found
 if ! against; then
-	echo "they came meanwhile; \`kubectl apply -k deploy\` puts the CSIDriver back, or delete them and run this again" >&2
+	echo "what is said above came meanwhile; \`kubectl apply -k deploy\` puts the CSIDriver back, or delete them and run this again" >&2
 	exit 1
 fi
 kubectl delete namespace fuse-secrets fuse-secrets-csi --ignore-not-found
