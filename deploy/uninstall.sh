@@ -1,5 +1,5 @@
 #!/bin/sh
-# Takes the driver out of a cluster. Refuses while a pod has a volume of it: without the driver such a pod loses its files within a minute
+# Takes the driver out of a cluster. Refuses while a pod has a volume of it: without the driver such a pod loses its files
 # and cannot be deleted. Run it with kubectl of somebody who may do what the manifests did.
 #
 #   sh deploy/uninstall.sh --check       says what stands against it, and changes nothing
