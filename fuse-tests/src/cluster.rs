@@ -20,6 +20,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write as _;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -204,6 +205,7 @@ impl Cluster {
         let mut command = Command::new(&self.program);
         command.arg("boot").arg(directory.join("plan.json"));
         command.stdin(Stdio::piped()).stdout(log.try_clone().unwrap()).stderr(log);
+        command.process_group(0);
         let mut boot = self.world.spawn(command);
         let init = until("the node's first process", SOON, || {
             if let Some(status) = boot.try_wait().unwrap() {
@@ -215,11 +217,15 @@ impl Cluster {
         for name in ["etcd", "containerd", "kube-apiserver"] {
             self.tell("start", name);
         }
-        self.until("containerd", || UnixStream::connect(self.root().join(&components::CONTAINERD[1..])).is_ok());
+        self.until("containerd", || {
+            UnixStream::connect(self.root().join(&components::CONTAINERD[1..])).is_ok()
+        });
         if first {
             self.import_images();
         }
-        self.until("the API server", || self.api.try_ask("GET", "readyz", None).is_some_and(|(status, _)| status == 200));
+        self.until("the API server", || {
+            self.api.try_ask("GET", "readyz", None).is_some_and(|(status, _)| status == 200)
+        });
         for name in ["kube-controller-manager", "kube-scheduler", "kubelet"] {
             self.tell("start", name);
         }
@@ -308,7 +314,9 @@ impl Cluster {
         children(self.node_pid()).into_iter().find(|pid| {
             let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             let mut words = line.split(|byte| *byte == 0).take(2);
-            words.any(|word| Path::new(&*String::from_utf8_lossy(word)).file_name().is_some_and(|file| file == name))
+            words.any(|word| {
+                Path::new(&*String::from_utf8_lossy(word)).file_name().is_some_and(|file| file == name)
+            })
         })
     }
 

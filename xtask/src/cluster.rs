@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use crate::bench::built;
 use crate::command::{self, Error};
+use crate::images::{self, Architecture};
 use crate::{kubernetes, setup, tools, vault};
 
 /// A real Kubernetes cluster of one node, in namespaces of its own (needs root)
@@ -59,14 +60,15 @@ fn up() -> Result<ExitCode, Error> {
         return Err(format!("a cluster cannot run here: {why}").into());
     }
     let programs = kubernetes::programs()?;
-    let images = tools::images();
-    kubernetes::images(&images)?;
-    let vault = std::env::var_os("FUSE_SECRETS_TEST_VAULT").map_or_else(vault::binary, |path| Ok(path.into()))?;
+    kubernetes::images()?;
+    images::build(Architecture::Amd64, "localhost")?;
+    let vault =
+        std::env::var_os("FUSE_SECRETS_TEST_VAULT").map_or_else(vault::binary, |path| Ok(path.into()))?;
     let program = built(&[])?.join("debug/test-cluster");
     let log = state_file().with_extension("log");
     let mut command = Command::new(program);
     command.arg("stay").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(File::create(&log)?);
-    command.env("FUSE_SECRETS_TEST_KUBERNETES", &programs).env("FUSE_SECRETS_TEST_IMAGES", &images);
+    command.env("FUSE_SECRETS_TEST_KUBERNETES", &programs).env("FUSE_SECRETS_TEST_IMAGES", tools::images());
     command.env("FUSE_SECRETS_TEST_VAULT", vault);
     // Ctrl-C in this terminal is not for it.
     command.process_group(0);
@@ -105,7 +107,9 @@ fn kubectl(arguments: &[String]) -> Result<ExitCode, Error> {
     let text = |name: &str| state[name].as_str().unwrap_or_default();
     let mut nsenter = Command::new("nsenter");
     nsenter.arg(format!("--target={}", state["node"])).args(["--net", "--"]);
-    nsenter.args([text("hyperkube"), "kubectl", &format!("--kubeconfig={}", text("kubeconfig"))]).args(arguments);
+    nsenter
+        .args([text("hyperkube"), "kubectl", &format!("--kubeconfig={}", text("kubeconfig"))])
+        .args(arguments);
     let status = nsenter.status().map_err(|error| format!("cannot run nsenter: {error}"))?;
     Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -127,7 +131,9 @@ fn explain(state: &Value) {
     let text = |name: &str| state[name].as_str().unwrap_or_default();
     println!("A cluster of one node is up. To try:\n");
     println!("  cargo xtask cluster kubectl get pods -A");
-    println!("  cargo xtask cluster kubectl run hello --image localhost/tools:1 --image-pull-policy Never -- sleep 1000");
+    println!(
+        "  cargo xtask cluster kubectl run hello --image localhost/tools:1 --image-pull-policy Never -- sleep 1000"
+    );
     println!("  cargo xtask cluster kubectl exec -it hello -- sh");
     println!("\nIn its network, with its kubeconfig:\n");
     println!("  nsenter --target={} --net env KUBECONFIG={} bash", state["node"], text("kubeconfig"));
