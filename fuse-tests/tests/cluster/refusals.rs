@@ -120,12 +120,19 @@ fn a_missing_key_is_told_with_those_that_exist_and_the_pod_starts_once_it_is_the
 fn faults_of_a_class_are_told_all_at_once() {
     let Some(cluster) = shared() else { return };
     let tenant = cluster.tenant("faults");
-    let objects = "- {objectName: ../up, secretPath: secret/data/app, secretKey: password}\n\
-                   - {objectName: password, secretPath: secret/data/app, secretKey: password, encoding: rot13}\n";
-    tenant.class("faults", &[], &json!({"vaultAdress": "https://vault:8200", "objects": objects}));
+    let objects = json!([
+        {"objectName": "password", "secretPath": "secret//app", "secretKey": "password"},
+        {"objectName": "user", "secretPath": "secret/data/app", "secretKey": "user", "encoding": "rot13"},
+    ]);
+    let parameters = json!({"vaultAdress": "https://vault:8200", "objects": objects.to_string()});
+    tenant.class("faults", &[], &parameters);
     tenant.create(&tenant.reader("waits", "faults"));
-    let class = format!("SecretProviderClass {}/faults: spec.parameters", tenant.namespace);
-    let text = format!("{class}");
+    let of = format!("SecretProviderClass {}/faults: spec.parameters", tenant.namespace);
+    let text = format!(
+        "{of}.objects[0].secretPath: has an empty part or a part . or ..; write the API path as the store's policies spell \
+         it, such as secret/data/app\n{of}.objects[1].encoding: is unknown; choose one of utf-8, base64, hex\n\
+         {of}.vaultAdress: is unknown; did you mean vaultAddress?"
+    );
     tenant.wait_refused("waits", "FailedPrecondition", &text);
     asked_nobody(&cluster, &tenant);
 }
