@@ -239,7 +239,12 @@ fn node_publish_secret_ref_is_a_warning() {
     pod["spec"]["volumes"][0]["csi"]["nodePublishSecretRef"] = json!({"name": "credentials"});
     tenant.run(&pod);
     assert_eq!(tenant.sh("reads", "cat /mnt/secrets/password"), VALUE);
-    warned(&cluster, &tenant, "reads", "nodePublishSecretRef: has no effect, nothing reads it; remove it");
+    warned(
+        &cluster,
+        &tenant,
+        "reads",
+        "nodePublishSecretRef: has no effect, the Secret is not read; remove it from the pod's spec",
+    );
 }
 
 /// The driver's own event on a pod, once.
