@@ -80,7 +80,8 @@ fn without_a_list_a_class_leads_nowhere_but_where_the_agent_is_told_to_ask() {
     let all: Vec<(&str, &str)> = all.iter().map(|(name, value)| (*name, value.as_str())).collect();
     let mut expected: Vec<String> = all.iter().map(|(name, _)| format!("spec.parameters.{name}")).collect();
     let mut found = refused(&provider_class("vault", &all), "address: https://vault.example:8200");
-    (expected.sort(), found.sort());
+    expected.sort();
+    found.sort();
     assert_eq!(found, expected);
     for parameter in &all {
         if !parameter.0.starts_with("vaultTLSClient") {

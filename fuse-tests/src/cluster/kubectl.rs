@@ -1,4 +1,4 @@
-//! kubectl in the cluster's network, as its administrator. It ends with the cluster, and after [`LONGEST`].
+//! kubectl in the cluster's network, as its administrator. It ends with the cluster, and after `LONGEST`.
 
 use std::fmt::Display;
 use std::io::Write as _;
