@@ -2,12 +2,16 @@
 //! something has it for itself.
 
 use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use serde_json::json;
 
 use super::{Cluster, Options};
 use crate::needs;
+
+/// Whether a start has begun and not ended well.
+static FAILS: AtomicBool = AtomicBool::new(false);
 
 static CLUSTER: RwLock<Option<Cluster>> = RwLock::new(None);
 
@@ -48,9 +52,12 @@ pub fn alone() -> Option<Alone> {
 }
 
 fn start(options: Options) -> Cluster {
+    // Each further test would wait as long.
+    assert!(!FAILS.swap(true, Ordering::Relaxed), "the cluster did not start for an earlier test");
     let cluster = Cluster::start(options);
     // The one thing that classes of these tests may say beside what the agents' own settings say.
     cluster.install_with(&json!({"allow": [{"namespaces": ["*"], "authMounts": ["jwt"]}]}), &[]);
+    FAILS.store(false, Ordering::Relaxed);
     cluster
 }
 

@@ -116,30 +116,36 @@ impl Cluster {
         }
     }
 
-    /// Waits until a deployment or a daemon set has rolled out: `daemonset/fuse-secrets-agent`.
+    /// Waits until the pod of a daemon set is ready on the node; if the daemon set updates its pods by itself, the pod of its present
+    /// template and no other.
     ///
     /// # Panics
-    /// It does not in time.
-    pub fn wait_rolled_out(&self, namespace: &str, what: &str) {
-        let Some(name) = what.strip_prefix("daemonset/") else {
-            self.kubectl(&["rollout", "status", what, "--namespace", namespace, "--timeout=90s"]);
-            return;
-        };
-        // `kubectl rollout` knows no daemon set whose pods are replaced by hand; what those are is not looked at here either.
-        self.wait_for(
-            &format!("apis/apps/v1/namespaces/{namespace}/daemonsets/{name}"),
-            "rolled out",
-            |set| {
-                let status = |field: &str| set["status"][field].as_u64().unwrap_or_default();
-                let by_hand = set["spec"]["updateStrategy"]["type"] == "OnDelete";
-                let (wanted, ready) = (status("desiredNumberScheduled"), status("numberReady"));
-                let seen = set["status"]["observedGeneration"] == set["metadata"]["generation"];
-                let updated = by_hand || status("updatedNumberScheduled") == wanted;
-                // Of an update with surge, the former pods go last.
-                let alone = by_hand || self.daemons((namespace, name)).len() as u64 == wanted;
-                (seen && wanted > 0 && ready == wanted && updated && alone).then_some(())
-            },
-        );
+    /// It is not in time: says what its pods' state is.
+    pub fn wait_daemon(&self, namespace: &str, name: &str) {
+        let path = format!("apis/apps/v1/namespaces/{namespace}/daemonsets/{name}");
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let found = self.find(&path).unwrap_or_default();
+            let status = &found["status"];
+            let by_itself = found["spec"]["updateStrategy"]["type"] == "RollingUpdate";
+            let is_new = !by_itself || status["updatedNumberScheduled"] == 1;
+            let is_known = status["observedGeneration"] == found["metadata"]["generation"];
+            let pods = self.list(&format!("api/v1/namespaces/{namespace}/pods"));
+            if is_new && is_known && status["numberReady"] == 1 && pods.len() == 1 {
+                return;
+            }
+            if Instant::now() > end {
+                let mut why = String::new();
+                for pod in &pods {
+                    let pod_name = pod["metadata"]["name"].as_str().unwrap_or_default();
+                    let log = self.try_kubectl(&["logs", "--namespace", namespace, pod_name]);
+                    let events = self.events(namespace, pod_name);
+                    why = format!("{why}\n{pod_name}: {}\n{events:#?}\n{log:?}", pod["status"]);
+                }
+                panic!("{namespace}/{name}: no ready pod within {PATIENCE:?}: {status}{why}");
+            }
+            wait::pause(std::time::Duration::from_millis(50));
+        }
     }
 
     /// Waits until kubelet says of a pod that a volume was refused with exactly this code and text.
