@@ -551,7 +551,8 @@ pub(super) mod tests {
     #[test]
     fn wide_shows_everything_and_json_can_be_read_back() {
         let wide = printed(&[mount(7)], Output::Wide);
-        for part in ["payments", "orders-database-7", "https://vault.example:8200", "stale", "42s", "2345678", "4321"]
+        for part in
+            ["payments", "orders-database-7", "https://vault.example:8200", "stale", "42s", "2345678", "4321"]
         {
             assert!(wide.contains(part), "{part} is missing: {wide}");
         }

@@ -29,7 +29,7 @@ use crate::cli::text::{harmless, wrap};
 use crate::config::{AgentConfig, Layer};
 use crate::metrics::Metrics;
 use crate::node::publish::{self, Resolved, resolve_told, resolve_without_token};
-use crate::node::refusal::{Code, Refusal};
+use crate::node::refusal::Refusal;
 use crate::reference::VolumeSpec;
 use crate::store::vault::Vault;
 use crate::store::{Credential, ErrorKind, StoreError};

@@ -159,7 +159,9 @@ impl Agents {
         let what = format!("list pods in namespace {namespace}");
         let found: List<Pod> = kubectl.get(&what, &["get", "pods", "-n", namespace, "-l", LABEL])?;
         let mut agents = found.items;
-        agents.retain(|pod| !pod.spec.node_name.is_empty() && node.is_none_or(|node| pod.spec.node_name == node));
+        agents.retain(|pod| {
+            !pod.spec.node_name.is_empty() && node.is_none_or(|node| pod.spec.node_name == node)
+        });
         if agents.is_empty() {
             let place = node.map(|node| format!(" on node {node}")).unwrap_or_default();
             let said = format!(
@@ -196,13 +198,12 @@ impl Agents {
         std::thread::scope(|scope| {
             for _ in 0..AT_ONCE.min(self.0.len()) {
                 scope.spawn(|| {
-                    while let Some((at, pod)) = self.0.iter().enumerate().nth(next.fetch_add(1, Ordering::Relaxed)) {
+                    while let Some((at, pod)) =
+                        self.0.iter().enumerate().nth(next.fetch_add(1, Ordering::Relaxed))
+                    {
                         let said = ask_one(kubectl, pod, arguments, &read);
-                        let answer = Answer {
-                            node: pod.spec.node_name.clone(),
-                            pod: pod.metadata.name.clone(),
-                            said,
-                        };
+                        let answer =
+                            Answer { node: pod.spec.node_name.clone(), pod: pod.metadata.name.clone(), said };
                         answers.lock().unwrap_or_else(PoisonError::into_inner).push((at, answer));
                     }
                 });
@@ -243,9 +244,7 @@ fn ask_one<T>(
     if answer.is_some() && !said.last_words().is_empty() {
         complain(&format!("{}: {}", pod.spec.node_name, said.last_words()));
     }
-    answer.ok_or_else(|| {
-        super::call::failure("run a program in the agent's container", &said).to_string()
-    })
+    answer.ok_or_else(|| super::call::failure("run a program in the agent's container", &said).to_string())
 }
 
 /// Names those that did not answer; whether there are any.

@@ -42,7 +42,9 @@ pub(super) enum CallError {
     #[error("cannot run kubectl: {0}; install it, or put it into PATH")]
     Missing(io::Error),
     /// It was killed.
-    #[error("cannot {what}: no answer within {seconds} s{said}; try `kubectl get --raw /readyz`, or give a longer --timeout")]
+    #[error(
+        "cannot {what}: no answer within {seconds} s{said}; try `kubectl get --raw /readyz`, or give a longer --timeout"
+    )]
     Late {
         /// What was to be done.
         what: String,
@@ -52,7 +54,9 @@ pub(super) enum CallError {
         said: String,
     },
     /// A right is missing.
-    #[error("you may not {what}: {said}; ask for that right (`kubectl fuse-secrets --help` lists all that are needed)")]
+    #[error(
+        "you may not {what}: {said}; ask for that right (`kubectl fuse-secrets --help` lists all that are needed)"
+    )]
     Forbidden {
         /// What was to be done.
         what: String,
@@ -308,14 +312,20 @@ mod tests {
              the namespace \"a\"\n",
         );
         assert_eq!(error.code(), 77);
-        assert!(error.to_string().starts_with("you may not list pods in namespace a: Error from server"), "{error}");
+        assert!(
+            error.to_string().starts_with("you may not list pods in namespace a: Error from server"),
+            "{error}"
+        );
     }
 
     #[test]
     fn failures_of_kubectl_are_told_apart_by_what_it_prints() {
         for (text, code) in [
-            ("E1128 08:41:55.469035 25045 memcache.go:265] \"Unhandled Error\"\nThe connection to the server 127.0.0.1:1 was \
-              refused - did you specify the right host or port?\n", 69),
+            (
+                "E1128 08:41:55.469035 25045 memcache.go:265] \"Unhandled Error\"\nThe connection to the server 127.0.0.1:1 was \
+              refused - did you specify the right host or port?\n",
+                69,
+            ),
             ("error: You must be logged in to the server (Unauthorized)\n", 69),
             ("Error from server (NotFound): pods \"x\" not found\n", 65),
             ("error: something else\ncommand terminated with exit code 3\n", 1),
@@ -323,7 +333,10 @@ mod tests {
         ] {
             let error = failed(text);
             assert_eq!(error.code(), code, "{error}");
-            assert!(!error.to_string().contains("memcache") && !error.to_string().contains("exit code"), "{error}");
+            assert!(
+                !error.to_string().contains("memcache") && !error.to_string().contains("exit code"),
+                "{error}"
+            );
         }
     }
 

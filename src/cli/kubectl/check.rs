@@ -167,7 +167,12 @@ impl Finding {
         }
         let Some(newest) = self.events.first() else { return Ok(()) };
         let noun = if self.events.len() == 1 { "event" } else { "events" };
-        writeln!(out, "\n{} {noun} FailedMount, the newest at {}", self.events.len(), harmless(newest.time()))?;
+        writeln!(
+            out,
+            "\n{} {noun} FailedMount, the newest at {}",
+            self.events.len(),
+            harmless(newest.time())
+        )?;
         for event in self.events.iter().take(EVENTS) {
             writeln!(out, "  {} ({} times)", harmless(event.time()), event.times())?;
             for line in event.message.lines() {
@@ -193,7 +198,8 @@ fn diagnose(
         .filter_map(|volume| Some((volume.name.as_str(), volume.csi.as_ref().filter(ours)?)))
         .collect();
     if volumes.is_empty() {
-        let found = format!("the pod has no volume of the driver {}; see spec.volumes[].csi.driver", whole.driver);
+        let found =
+            format!("the pod has no volume of the driver {}; see spec.volumes[].csi.driver", whole.driver);
         finding.step("volume", Verdict::Refused, found);
         finding.ends_with(exit::DATA);
         return Ok(());
@@ -210,7 +216,11 @@ fn diagnose(
             steps.push(Step::new("volume", Verdict::Note, found));
         }
         if csi.node_publish_secret_ref.is_some() {
-            steps.push(Step::new("volume", Verdict::Note, "nodePublishSecretRef is dropped: nothing reads it"));
+            steps.push(Step::new(
+                "volume",
+                Verdict::Note,
+                "nodePublishSecretRef is dropped: nothing reads it",
+            ));
         }
         let (tokens, missing) = tokens(kubectl, pod, &driver);
         let without = missing.is_some();
@@ -250,7 +260,11 @@ fn csi_driver(finding: &mut Finding, whole: &Whole, kubectl: &Kubectl) -> Option
             Some(Driver { pod_info: driver.spec.pod_info_on_mount == Some(true), audiences })
         }
         Ok(None) => {
-            finding.step("CSIDriver", Verdict::Refused, format!("no CSIDriver {name}; apply the manifests of deploy/"));
+            finding.step(
+                "CSIDriver",
+                Verdict::Refused,
+                format!("no CSIDriver {name}; apply the manifests of deploy/"),
+            );
             finding.ends_with(exit::DATA);
             None
         }
@@ -296,7 +310,11 @@ fn agent<'a>(finding: &mut Finding, agents: &'a Agents, node: &str) -> Option<&'
     } else if node.is_empty() {
         finding.step("agent", Verdict::Note, format!("{found}, since the pod has no node yet"));
     } else {
-        finding.step("agent", Verdict::Note, format!("{found}, since none is ready on {node}: the pod waits for that"));
+        finding.step(
+            "agent",
+            Verdict::Note,
+            format!("{found}, since none is ready on {node}: the pod waits for that"),
+        );
         finding.ends_with(exit::UNAVAILABLE);
     }
     Some(agent)
@@ -308,7 +326,9 @@ fn tokens(kubectl: &Kubectl, pod: &Pod, driver: &Driver) -> (BTreeMap<String, Se
     for audience in &driver.audiences {
         match token(kubectl, pod, audience) {
             Ok(token) => drop(tokens.insert(audience.clone(), token)),
-            Err(error) => return (BTreeMap::new(), Some(Step::new("token", Verdict::Untried, error.to_string()))),
+            Err(error) => {
+                return (BTreeMap::new(), Some(Step::new("token", Verdict::Untried, error.to_string())));
+            }
         }
     }
     (tokens, None)
@@ -393,7 +413,9 @@ fn ask(
         return Ok(diagnosis);
     }
     if said.err.contains("unexpected argument '--publish'") {
-        return Err(failed("its program is older than this one and knows no check --publish; update the agents".to_owned()));
+        return Err(failed(
+            "its program is older than this one and knows no check --publish; update the agents".to_owned(),
+        ));
     }
     Err(failure(what, &said))
 }
@@ -402,8 +424,9 @@ fn events(kubectl: &Kubectl, pod: &Pod) -> Result<Vec<Event>, CallError> {
     let (namespace, name) = (&pod.metadata.namespace, &pod.metadata.name);
     let what = format!("list events in namespace {namespace}");
     let uid = &pod.metadata.uid;
-    let selector =
-        format!("involvedObject.kind=Pod,involvedObject.name={name},involvedObject.uid={uid},reason=FailedMount");
+    let selector = format!(
+        "involvedObject.kind=Pod,involvedObject.name={name},involvedObject.uid={uid},reason=FailedMount"
+    );
     let arguments = ["get", "events", "-n", namespace, "--field-selector", &selector];
     let found: List<Event> = kubectl.get(&what, &arguments)?;
     let mut events = found.items;

@@ -163,9 +163,13 @@ impl Facts {
             "tokenRequests: none".to_owned(),
             "no pod can log in: add `- audience: vault` to spec.tokenRequests",
         );
-        if spec.fs_group_policy.as_deref() != Some("File") {
+        if spec.fs_group_policy.as_deref() != Some("None") {
             let found = format!("fsGroupPolicy: {}", spec.fs_group_policy.as_deref().unwrap_or("missing"));
-            wrong.push(check(found).note("kubelet may keep a pod's fsGroup to itself: create it anew with fsGroupPolicy: File"));
+            wrong.push(
+                check(found).note(
+                    "the driver gives files their group itself: create it anew with fsGroupPolicy: None",
+                ),
+            );
         }
         if wrong.is_empty() {
             let audiences = driver.audiences().iter().map(|one| format!("{one:?}")).collect::<Vec<_>>();
@@ -215,7 +219,8 @@ impl Facts {
         let (lost, left_out): (Vec<&CsiNode>, Vec<_>) = without.into_iter().partition(meant);
         let names = |nodes: &[&CsiNode]| several(nodes.iter().map(|node| node.metadata.name.as_str()));
         if lost.is_empty() {
-            let text = format!("no shim is meant for {}: pods with secrets cannot run there", names(&left_out));
+            let text =
+                format!("no shim is meant for {}: pods with secrets cannot run there", names(&left_out));
             return check.note(text);
         }
         check.lost(format!(
@@ -274,7 +279,11 @@ fn daemon_set(name: &'static str, set: &Asked<Option<DaemonSet>>, pods: &Asked<L
     let bad = pods.iter().flat_map(|pods| &pods.items).filter(|pod| !pod.is_ready());
     let bad: Vec<String> =
         bad.map(|pod| format!("{} on {} ({})", pod.metadata.name, pod.spec.node_name, pod.state())).collect();
-    let which = if bad.is_empty() { "some are not there".to_owned() } else { several(bad.iter().map(String::as_str)) };
+    let which = if bad.is_empty() {
+        "some are not there".to_owned()
+    } else {
+        several(bad.iter().map(String::as_str))
+    };
     check.lost(format!("on their nodes volumes wait: {which}"))
 }
 

@@ -106,7 +106,9 @@ fn facts(whole: &Whole, kubectl: &Kubectl) -> Facts {
 }
 
 fn ask(agents: &Agents, kubectl: &Kubectl) -> Vec<Answer<Report>> {
-    agents.ask(kubectl, &["doctor", "--agent-pid", "1", "-o", "json"], |said: &Said| serde_json::from_slice(&said.out).ok())
+    agents.ask(kubectl, &["doctor", "--agent-pid", "1", "-o", "json"], |said: &Said| {
+        serde_json::from_slice(&said.out).ok()
+    })
 }
 
 impl From<Answer<Report>> for Node {
@@ -125,7 +127,13 @@ fn table(cluster: &Report, nodes: Vec<Node>, whole: bool) -> String {
     if whole {
         for Node { node, agent, checks, .. } in nodes {
             if let Some(checks) = checks {
-                let _ = write!(text, "\nnode {}, agent {}\n{}", harmless(&node), harmless(&agent), Report { checks });
+                let _ = write!(
+                    text,
+                    "\nnode {}, agent {}\n{}",
+                    harmless(&node),
+                    harmless(&agent),
+                    Report { checks }
+                );
             }
         }
         return text;

@@ -40,7 +40,7 @@ fn definition(version: &str) -> Value {
 /// The CSIDriver as the manifests make it, with this in place of what they say.
 fn csi_driver(change: Value) -> Value {
     let mut spec = json!({
-        "attachRequired": false, "podInfoOnMount": true, "requiresRepublish": true, "fsGroupPolicy": "File",
+        "attachRequired": false, "podInfoOnMount": true, "requiresRepublish": true, "fsGroupPolicy": "None",
         "volumeLifecycleModes": ["Ephemeral"], "tokenRequests": [{"audience": "vault", "expirationSeconds": 3600}],
         "storageCapacity": false, "seLinuxMount": false,
     });
@@ -56,7 +56,8 @@ fn pods(all: &[Value]) -> Asked<List<Pod>> {
 
 /// A cluster of two nodes with everything.
 fn facts() -> Facts {
-    let of = |name: &str| ["a", "b"].map(|node| pod(&format!("{name}-{node}"), node, "registry/agent:1", true));
+    let of =
+        |name: &str| ["a", "b"].map(|node| pod(&format!("{name}-{node}"), node, "registry/agent:1", true));
     Facts {
         driver: "fuse-secrets".to_owned(),
         csi_driver: Ok(Some(read(csi_driver(json!({}))))),
@@ -65,7 +66,9 @@ fn facts() -> Facts {
             ("agent", Ok(Some(read(set(2, 2)))), pods(&of("agent"))),
             ("shim", Ok(Some(read(set(2, 2)))), pods(&of("shim"))),
         ],
-        csi_nodes: Ok(read(json!({"items": [node("a", &["other", "fuse-secrets"]), node("b", &["fuse-secrets"])]}))),
+        csi_nodes: Ok(read(
+            json!({"items": [node("a", &["other", "fuse-secrets"]), node("b", &["fuse-secrets"])]}),
+        )),
     }
 }
 
@@ -107,7 +110,7 @@ fn each_field_of_the_csidriver_that_is_wrong_is_lost_with_its_remedy() {
         assert!(text.contains(words), "{words}: {text}");
     }
     let mut facts = facts();
-    facts.csi_driver = Ok(Some(read(csi_driver(json!({"fsGroupPolicy": "None"})))));
+    facts.csi_driver = Ok(Some(read(csi_driver(json!({"fsGroupPolicy": "File"})))));
     assert_eq!(judged(&facts).0, Verdict::Note);
 }
 
@@ -127,21 +130,23 @@ fn what_is_missing_in_the_cluster_is_named_with_where_it_is_missing() {
         (
             cluster(|f| {
                 f.sets[1].1 = Ok(Some(read(set(1, 2))));
-                f.sets[1].2 =
-                    pods(&[pod("shim-a", "a", "i", true), pod("shim-b", "b", "i", false)]);
+                f.sets[1].2 = pods(&[pod("shim-a", "a", "i", true), pod("shim-b", "b", "i", false)]);
             }),
             Verdict::Lost,
             "shim pods 1 of 2 ready on their nodes volumes wait: shim-b on b (Running, CrashLoopBackOff)",
         ),
         (
-            cluster(|f| f.csi_nodes = Ok(read(json!({"items": [node("a", &["fuse-secrets"]), node("b", &[])]})))),
+            cluster(|f| {
+                f.csi_nodes = Ok(read(json!({"items": [node("a", &["fuse-secrets"]), node("b", &[])]})))
+            }),
             Verdict::Lost,
             "registered on 1 of 2 nodes pods with secrets do not start on b",
         ),
         (
             cluster(|f| {
-                f.csi_nodes =
-                    Ok(read(json!({"items": [node("a", &["fuse-secrets"]), node("b", &["fuse-secrets"]), node("c", &[])]})));
+                f.csi_nodes = Ok(read(
+                    json!({"items": [node("a", &["fuse-secrets"]), node("b", &["fuse-secrets"]), node("c", &[])]}),
+                ));
             }),
             Verdict::Note,
             "no shim is meant for c",
@@ -157,7 +162,11 @@ fn what_is_missing_in_the_cluster_is_named_with_where_it_is_missing() {
             Verdict::Note,
             "registry/agent:1 on c",
         ),
-        (cluster(|f| f.csi_nodes = Err("you may not list csinodes".to_owned())), Verdict::Note, "may not list csinodes"),
+        (
+            cluster(|f| f.csi_nodes = Err("you may not list csinodes".to_owned())),
+            Verdict::Note,
+            "may not list csinodes",
+        ),
     ] {
         assert_eq!(verdict, wanted, "{words}: {text}");
         assert!(text.contains(words), "{words}: {text}");
