@@ -10,6 +10,8 @@
 //! | `go.rs` | building what is written in Go |
 //! | `vault.rs` | how the real Vault server for the tests is built |
 //! | `sanity.rs` | which programs call the shim as Kubernetes does |
+//! | `images.rs` | what is in the driver's two images |
+//! | `oci.rs` | images of one layer |
 //! | `command.rs` | running other programs |
 
 // This is a program that talks to people in a terminal.
@@ -19,6 +21,8 @@ mod bench;
 mod command;
 mod demo;
 mod go;
+mod images;
+mod oci;
 mod sanity;
 mod setup;
 mod test;
@@ -43,6 +47,7 @@ use clap::Parser;
 enum Task {
     Bench(bench::Args),
     Demo(demo::Args),
+    Images(images::Args),
     Setup(setup::Args),
     Test(test::Args),
 }
@@ -51,6 +56,7 @@ fn main() -> ExitCode {
     let done = match Task::parse() {
         Task::Bench(args) => bench::run(&args),
         Task::Demo(args) => demo::run(&args),
+        Task::Images(args) => images::run(&args),
         Task::Setup(args) => setup::run(&args),
         Task::Test(args) => test::run(&args),
     };
