@@ -16,6 +16,8 @@
 pub mod agent;
 /// Stores: one set of calls for all kinds.
 pub mod backend;
+/// A stand-in for kubectl.
+pub mod kubectl;
 /// What a process's memory holds.
 pub mod memory;
 /// A directory with a mount that goes when it is dropped.

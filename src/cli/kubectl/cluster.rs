@@ -88,7 +88,8 @@ pub(super) struct CsiNode {
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct CsiNodeSpec {
-    drivers: Vec<CsiNodeDriver>,
+    /// `null` where there is none.
+    drivers: Option<Vec<CsiNodeDriver>>,
 }
 
 #[derive(Deserialize)]
@@ -99,7 +100,7 @@ struct CsiNodeDriver {
 impl CsiNode {
     /// Whether the driver has registered there.
     pub(super) fn has(&self, driver: &str) -> bool {
-        self.spec.drivers.iter().any(|there| there.name == driver)
+        self.spec.drivers.iter().flatten().any(|there| there.name == driver)
     }
 }
 
