@@ -231,7 +231,7 @@ fn print_mounts(
     } else if mounts.iter().any(|mount| mount.pod.is_some()) {
         let mut table = Table::new(&["POD", "CLASS", "FILES", "GEN", "STATE", "REFRESHED", "OPENS"]);
         mounts.iter().for_each(|mount| table.row(pod_row(mount, now)));
-        table.print_fitted(out, columns, &[0, 1])?;
+        table.print_fitted(out, columns, &[(1, 12), (0, 8)])?;
     } else {
         let mut table = Table::new(&["PATH", "CLASS", "FILES", "GEN", "STATE", "REFRESHED", "OPENS"]);
         for mount in mounts {
@@ -418,12 +418,13 @@ impl Table {
         self.print_fitted(out, columns, &[])
     }
 
-    /// The same, with cells of the elastic columns cut in the middle until the lines fit.
+    /// The same, with cells of the elastic columns, given with what they keep, cut in the middle until the lines fit. The first gives
+    /// first.
     pub(super) fn print_fitted(
         &self,
         out: &mut impl Write,
         columns: usize,
-        elastic: &[usize],
+        elastic: &[(usize, usize)],
     ) -> io::Result<()> {
         let all = || std::iter::once(&self.head).chain(&self.rows);
         let natural = (0..self.head.len())
@@ -433,7 +434,11 @@ impl Table {
         for row in all() {
             let mut line = String::new();
             for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
-                let cell = if elastic.contains(&column) { middle(cell, *width) } else { cell.clone() };
+                let cell = if elastic.iter().any(|(at, _)| *at == column) {
+                    middle(cell, *width)
+                } else {
+                    cell.clone()
+                };
                 line.push_str(&format!("{cell:<width$}  "));
             }
             let line = line.trim_end();
@@ -448,14 +453,11 @@ impl Table {
     }
 }
 
-/// Widths that add up to `columns`, as far as the elastic columns can give: the widest gives first.
-fn fit(mut widths: Vec<usize>, columns: usize, elastic: &[usize]) -> Vec<usize> {
-    /// An elastic column keeps so many.
-    const LEAST: usize = 8;
-    while widths.iter().sum::<usize>() + 2 * widths.len().saturating_sub(1) > columns {
-        let widest = elastic.iter().copied().filter(|&at| widths[at] > LEAST).max_by_key(|&at| widths[at]);
-        let Some(widest) = widest else { break };
-        widths[widest] -= 1;
+/// Widths that add up to `columns`: the elastic columns give, one after the other, each down to what it keeps.
+fn fit(mut widths: Vec<usize>, columns: usize, elastic: &[(usize, usize)]) -> Vec<usize> {
+    for &(at, least) in elastic {
+        let whole = widths.iter().sum::<usize>() + 2 * widths.len().saturating_sub(1);
+        widths[at] = widths[at].saturating_sub(whole.saturating_sub(columns)).max(least.min(widths[at]));
     }
     widths
 }
@@ -506,7 +508,7 @@ pub(super) mod tests {
             ),
             agent: 4_321,
             class: "payments/orders-database-credentials".into(),
-            pod: Some(format!("orders-database-{number}-6f7c9d8b5-x2x4z")),
+            pod: Some(format!("orders-database-6f7c9d8b5-{number:05}")),
             namespace: Some("payments".into()),
             service_account: Some("orders".into()),
             store: "https://vault.example:8200".into(),
@@ -551,9 +553,7 @@ pub(super) mod tests {
     #[test]
     fn wide_shows_everything_and_json_can_be_read_back() {
         let wide = printed(&[mount(7)], Output::Wide);
-        for part in
-            ["payments", "orders-database-7", "https://vault.example:8200", "stale", "42s", "2345678", "4321"]
-        {
+        for part in ["payments", "-00007", "https://vault.example:8200", "stale", "42s", "2345678", "4321"] {
             assert!(wide.contains(part), "{part} is missing: {wide}");
         }
         let back: Vec<MountStatus> = serde_json::from_str(&printed(&[mount(7)], Output::Json)).unwrap();

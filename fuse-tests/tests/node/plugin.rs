@@ -246,7 +246,7 @@ fn what_kubectl_may_not_do_is_named_with_the_right_that_is_missing() {
     // What needs no agent is told all the same.
     let doctor = world.run(&["doctor"]);
     assert_eq!(doctor.code, 1);
-    assert!(doctor.out.contains("tokens for \"vault\""), "{}", doctor.out);
+    assert!(doctor.out.contains("CSIDriver       good fuse-secrets, tokens"), "{}", doctor.out);
     let gone = world
         .kubectl
         .command(&Path::new(SIBLING).with_file_name("kubectl-fuse_secrets"))

@@ -175,7 +175,7 @@ impl Diagnosis {
                 if refused.is_some() { "refused" } else { "answered" }.to_owned(),
             ]);
         }
-        table.print_fitted(out, columns, &[0])
+        table.print_fitted(out, columns, &[(0, 8)])
     }
 
     /// Ends the way here.

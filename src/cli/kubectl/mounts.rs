@@ -92,13 +92,19 @@ fn print(
     } else {
         let mut table = Table::new(&["NODE", "POD", "CLASS", "FILES", "GEN", "STATE", "REFRESHED"]);
         mounts.iter().for_each(|Mounted { node, mount }| {
-            let mut row = [vec![node.clone()], pod_row(mount, now)].concat();
+            let mut row = [vec![host(node).to_owned()], pod_row(mount, now)].concat();
             row.pop();
             table.row(row);
         });
-        table.print_fitted(out, columns, &[0, 1, 2])?;
+        table.print_fitted(out, columns, &[(2, 12), (0, 12), (1, 8)])?;
     }
     writeln!(out, "{}", sum(mounts.iter().map(|mounted| &mounted.mount)))
+}
+
+/// A node's name without its domain, which tells nobody anything. An address has none.
+fn host(node: &str) -> &str {
+    let is_address = node.parse::<std::net::IpAddr>().is_ok();
+    if is_address { node } else { node.split('.').next().unwrap_or(node) }
 }
 
 #[cfg(test)]
@@ -130,10 +136,16 @@ mod tests {
             println!("{text}");
             assert!(text.lines().all(|line| line.chars().count() <= columns), "{text}");
             let rows: Vec<&str> = text.lines().skip(1).take(8).collect();
-            assert!(rows.iter().all(|row| row.ends_with(" ago") || row.ends_with('s')), "{text}");
+            assert!(rows.iter().all(|row| row.ends_with("42s")), "{text}");
+            assert!(rows[7].starts_with("ip-10-0-12-34  payments/o"), "{text}");
             let distinct: std::collections::HashSet<_> = rows.iter().collect();
             assert_eq!(distinct.len(), rows.len(), "{text}");
         }
+    }
+
+    #[test]
+    fn a_node_is_told_without_its_domain_and_an_address_whole() {
+        assert_eq!(["w-1.example.org", "w-1", "10.0.0.1"].map(host), ["w-1", "w-1", "10.0.0.1"]);
     }
 
     #[test]
@@ -141,7 +153,7 @@ mod tests {
         let text = printed(&mounts(), Output::Wide, 80);
         let nodes: Vec<&str> = text.lines().skip(1).filter_map(|line| line.split(' ').next()).collect();
         assert_eq!(nodes[0], "a");
-        assert!(text.find("orders-database-5").unwrap() < text.find("orders-database-6").unwrap(), "{text}");
+        assert!(text.find("-00005").unwrap() < text.find("-00006").unwrap(), "{text}");
         assert_eq!(text.lines().last(), Some("8 mounts, 1 stale, 0 gone"));
     }
 
