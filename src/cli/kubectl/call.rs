@@ -100,6 +100,14 @@ impl CallError {
         }
     }
 
+    /// In a table, which has no room for the API server's own words.
+    pub(super) fn short(&self) -> String {
+        match self {
+            Self::Forbidden { what, .. } => format!("you may not {what}"),
+            other => other.to_string(),
+        }
+    }
+
     /// Nothing is the matter but that it is not there.
     pub(super) fn is_absence(&self) -> bool {
         matches!(self, Self::NotFound { .. })

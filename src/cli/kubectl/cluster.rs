@@ -112,6 +112,14 @@ impl CsiDriver {
 }
 
 impl Facts {
+    /// Whether everything could be asked.
+    pub(super) fn is_whole(&self) -> bool {
+        self.csi_driver.is_ok()
+            && self.definitions.iter().all(Result::is_ok)
+            && self.sets.iter().all(|(_, set, pods)| set.is_ok() && pods.is_ok())
+            && self.csi_nodes.is_ok()
+    }
+
     pub(super) fn judge(&self) -> Vec<Check> {
         let mut checks = self.csi_driver();
         checks.extend(self.definitions());
@@ -197,7 +205,10 @@ impl Facts {
                     .note(format!("pods that name {attribute} are refused: apply the definition of {name}")),
             }
         };
-        DEFINITIONS.iter().zip(&self.definitions).map(judge).collect()
+        let mut checks: Vec<Check> = DEFINITIONS.iter().zip(&self.definitions).map(judge).collect();
+        // One right is missing, not two.
+        checks.dedup();
+        checks
     }
 
     fn registered(&self) -> Check {

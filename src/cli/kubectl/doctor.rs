@@ -26,7 +26,7 @@ pub(super) const HELP: &str = "\
 First the cluster: the CSIDriver and its fields, the definitions of classes, both DaemonSets, on which nodes the driver is \
 registered, and images that differ. Then what each agent finds on its node; of all nodes only what is not good, with the nodes \
 that have it. A shim counts as ready when kubelet's probe of its /readyz succeeds. Exit codes: 0 all is there or only less than \
-it could be (note), 1 something is lost that matters (LOST), or a node did not answer.
+it could be (note), 1 something is lost that matters (LOST), could not be looked at, or a node did not answer.
 
 Examples:
       kubectl fuse-secrets doctor
@@ -55,7 +55,8 @@ struct Node {
 
 pub(super) fn run(whole: &Whole, options: &Options) -> Result<ExitCode, CallError> {
     let kubectl = whole.kubectl();
-    let cluster = Report { checks: facts(whole, &kubectl).judge() };
+    let facts = facts(whole, &kubectl);
+    let cluster = Report { checks: facts.judge() };
     // A cluster without an agent has facts all the same.
     let answers = match whole.agents(&kubectl, &options.nodes) {
         Ok(agents) => ask(&agents, &kubectl),
@@ -74,13 +75,13 @@ pub(super) fn run(whole: &Whole, options: &Options) -> Result<ExitCode, CallErro
             format!("{:#}\n", serde_json::json!({ "cluster": cluster.checks, "nodes": nodes }))
         }
     };
-    let code = if silent || lost { exit::FAILED } else { exit::OK };
+    let code = if silent || lost || !facts.is_whole() { exit::FAILED } else { exit::OK };
     Ok(exit::printed(io::stdout().lock().write_all(text.as_bytes()), code))
 }
 
 fn facts(whole: &Whole, kubectl: &Kubectl) -> Facts {
     fn told<T>(asked: Result<T, CallError>) -> Asked<T> {
-        asked.map_err(|error| error.to_string())
+        asked.map_err(|error| error.short())
     }
     let set = |name: &'static str, namespace: &str, set: &str| {
         let what = |verb: &str, of: &str| format!("{verb} {of} in namespace {namespace}");

@@ -172,3 +172,11 @@ fn what_is_missing_in_the_cluster_is_named_with_where_it_is_missing() {
         assert!(text.contains(words), "{words}: {text}");
     }
 }
+
+#[test]
+fn what_could_not_be_asked_is_no_good_answer() {
+    assert!(facts().is_whole());
+    let mut facts = facts();
+    facts.csi_nodes = Err("you may not list csinodes".to_owned());
+    assert!(!facts.is_whole());
+}
