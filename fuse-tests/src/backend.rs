@@ -1,9 +1,10 @@
 //! Stores: the embedded one, Vault, OpenBao, with one set of calls, so that one test body runs on each.
 
 use std::collections::BTreeMap;
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
 use fuse_secrets::dev::{Embedded, Options};
@@ -12,6 +13,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
+use crate::cluster::world::World;
 use crate::{needs, wait};
 
 /// Which store.
@@ -37,7 +39,9 @@ impl Kind {
 pub struct Backend {
     kind: Kind,
     tls: bool,
-    port: u16,
+    listen: SocketAddr,
+    /// Where it runs, if not beside the test.
+    world: Option<Arc<World>>,
     root_token: String,
     server: Server,
     runtime: Runtime,
@@ -67,14 +71,29 @@ impl Backend {
     /// It does not answer within a minute.
     #[must_use]
     pub fn start(kind: &Kind, tls: bool) -> Self {
-        let runtime =
-            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
+        Self::start_at(kind, tls, free, None)
+    }
+
+    /// The same at this address; in a cluster's network if there is one.
+    ///
+    /// # Panics
+    /// It does not answer within a minute.
+    #[must_use]
+    pub fn start_at(kind: &Kind, tls: bool, listen: SocketAddr, world: Option<Arc<World>>) -> Self {
+        let runtime = match &world {
+            Some(world) => world.runtime(),
+            None => {
+                let mut builder = tokio::runtime::Builder::new_multi_thread();
+                builder.worker_threads(1).enable_all().build().unwrap()
+            }
+        };
         let root_token = format!("root-{:032x}", rand::random::<u128>());
         let mut backend = Self {
             kind: kind.clone(),
             tls: tls && matches!(kind, Kind::Binary(_)),
-            port,
+            listen,
+            world,
             root_token,
             server: Server::Stopped,
             runtime,
@@ -105,12 +124,14 @@ impl Backend {
     /// # Panics
     /// It does not answer within a minute.
     pub fn resume(&mut self) {
-        let listen = format!("127.0.0.1:{}", self.port);
+        let listen = self.listen;
         match &self.kind {
             Kind::Embedded => {
                 let root_token = Some(Token::new(self.root_token.clone()).unwrap());
-                let options = Options { listen: listen.parse().unwrap(), root_token };
-                self.server = Server::Embedded(self.runtime.block_on(Embedded::start(options)).unwrap());
+                let options = Options { listen, root_token };
+                // Spawned, as the runtime's own threads may be in another network.
+                let started = self.runtime.spawn(Embedded::start(options));
+                self.server = Server::Embedded(self.runtime.block_on(started).unwrap().unwrap());
             }
             Kind::Binary(binary) => {
                 let mut server = Command::new(binary);
@@ -120,6 +141,9 @@ impl Backend {
                 if self.tls {
                     server.arg("-dev-tls");
                     server.arg(format!("-dev-tls-cert-dir={}", self.directory.path().display()));
+                    if !listen.ip().is_loopback() {
+                        server.arg(format!("-dev-tls-san={}", listen.ip()));
+                    }
                 }
                 let log = std::fs::File::create(self.directory.path().join("log")).unwrap();
                 server
@@ -127,7 +151,11 @@ impl Backend {
                     .stdin(Stdio::null())
                     .stderr(Stdio::null())
                     .stdout(log);
-                self.server = Server::Process(server.spawn().unwrap());
+                let child = match &self.world {
+                    Some(world) => world.spawn(server),
+                    None => server.spawn().unwrap(),
+                };
+                self.server = Server::Process(child);
                 wait::until_true("an answering store", Duration::from_secs(60), || {
                     self.trust();
                     self.try_ask("GET", "sys/health", None).is_some_and(|(status, _)| status == 200)
@@ -141,13 +169,13 @@ impl Backend {
     /// Its address.
     #[must_use]
     pub fn address(&self) -> String {
-        format!("{}://127.0.0.1:{}", if self.tls { "https" } else { "http" }, self.port)
+        format!("{}://{}", if self.tls { "https" } else { "http" }, self.listen)
     }
 
     /// Its port on this machine.
     #[must_use]
     pub fn port(&self) -> u16 {
-        self.port
+        self.listen.port()
     }
 
     /// The file with the CA of a server with TLS.
@@ -242,6 +270,18 @@ impl Backend {
         counts
     }
 
+    /// The process of a server.
+    ///
+    /// # Panics
+    /// It is the embedded one, or stopped.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        match &self.server {
+            Server::Process(child) => child.id(),
+            _ => panic!("not a process"),
+        }
+    }
+
     fn audit(&self) -> PathBuf {
         self.directory.path().join("audit.log")
     }
@@ -262,10 +302,11 @@ impl Backend {
         if let Some(body) = body {
             request = request.json(body);
         }
-        self.runtime.block_on(async {
+        let asked = self.runtime.spawn(async {
             let answer = request.send().await.ok()?;
             Some((answer.status().as_u16(), answer.json().await.unwrap_or(Value::Null)))
-        })
+        });
+        self.runtime.block_on(asked).unwrap()
     }
 }
 

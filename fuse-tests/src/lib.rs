@@ -5,6 +5,7 @@
 //!   test ──JSON lines──▶ test-agent (agent.rs): mounts without a store, or many classes in one process
 //!     │  ├─arguments───▶ fuse-secrets mount (product.rs): the real program
 //!     │  └─CSI, signals▶ fuse-secrets-csi and fuse-secrets agent (node.rs): a whole node
+//!     ├──HTTP, kubectl─▶ a real cluster of one node (cluster.rs)
 //!     ├──HTTP──────────▶ stores (backend.rs): embedded, Vault, OpenBao
 //!     └──read(2)───────▶ kernel ──▶ one of the first two
 //! ```
@@ -16,6 +17,8 @@
 pub mod agent;
 /// Stores: one set of calls for all kinds.
 pub mod backend;
+/// A real Kubernetes cluster of one node.
+pub mod cluster;
 /// A stand-in for kubectl.
 pub mod kubectl;
 /// What a process's memory holds.

@@ -3,6 +3,7 @@
 use std::io::Write as _;
 use std::path::PathBuf;
 
+use crate::cluster::Options;
 use crate::node::peer::Cgroup;
 
 /// Whether mounts can be made; if not, says so.
@@ -50,6 +51,25 @@ pub fn cgroup() -> Option<Cgroup> {
         let _ = lacking("no hierarchy of cgroups can be written");
     }
     made
+}
+
+/// What a cluster of one node is made of, as the environment names it; if it cannot be started here, says so.
+///
+/// # Panics
+/// It cannot, and `CI=true`.
+#[must_use]
+pub fn cluster() -> Option<Options> {
+    if !kernel() {
+        return None;
+    }
+    let found = Options::from_env().and_then(|options| {
+        let files = ["hyperkube", "etcd", "containerd", "containerd-shim-runc-v2", "ctr", "runc"];
+        let files = files.map(|name| options.programs.join(name)).into_iter();
+        let images = ["pause.tar", "tools.tar"].map(|name| options.images.join(name));
+        let missing = files.chain(images).chain(["/usr/lib/cni/bridge".into()]).find(|file| !file.exists());
+        missing.map_or(Ok(options), |file| Err(format!("{} is missing", file.display())))
+    });
+    found.map_err(|why| lacking(&format!("a cluster of one node: {why}"))).ok()
 }
 
 fn lacking(why: &str) -> bool {

@@ -26,12 +26,36 @@ pub(crate) fn go(directory: &Path) -> Command {
     go
 }
 
+/// How a package is built, beside the usual.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct How<'a> {
+    /// Texts that are set while linking: `package.Variable=text`.
+    pub(crate) texts: &'a [&'a str],
+    /// Build tags.
+    pub(crate) tags: &'a str,
+    /// With C, for which a compiler and libraries must be there.
+    pub(crate) cgo: bool,
+}
+
 /// Builds one package of a module. Renamed into place when it is whole, so that a run that was interrupted leaves no half of
 /// a program.
 pub(crate) fn build(module: &Path, package: &str, program: &Path) -> Result<(), Error> {
+    build_with(module, package, program, How::default())
+}
+
+/// The same in another way.
+pub(crate) fn build_with(module: &Path, package: &str, program: &Path, how: How<'_>) -> Result<(), Error> {
     let partial = program.with_extension("partial");
-    let flags = ["build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w", "-o"];
-    command::run(go(module).args(flags).arg(&partial).arg(package))?;
+    let texts: Vec<String> = how.texts.iter().map(|text| format!(" -X {text}")).collect();
+    let mut go = go(module);
+    go.args(["build", "-trimpath", "-buildvcs=false"]).arg(format!("-ldflags=-s -w{}", texts.concat()));
+    if how.cgo {
+        go.env("CGO_ENABLED", "1");
+    }
+    if !how.tags.is_empty() {
+        go.arg("-tags").arg(how.tags);
+    }
+    command::run(go.arg("-o").arg(&partial).arg(package))?;
     fs::rename(&partial, program)?;
     Ok(())
 }

@@ -2,13 +2,16 @@
 //! the name of a package.
 
 use std::fs::OpenOptions;
-use std::process::{Command, ExitCode};
+use std::io::Write as _;
+use std::path::Path;
+use std::process::{Command, ExitCode, Stdio};
 
 use crate::command::{self, Error};
 
 /// Says what this machine has and lacks for building and testing, and installs what it may
 ///
-/// Installed, as root on Debian and its kin: fuse3. Everything else is named with the command that gets it. Exit code 1:
+/// Installed, as root on Debian and its kin: fuse3, and what the cluster of one node is made of beside Go (static busybox, CNI
+/// plugins, libseccomp, pkg-config, ip). Everything else is named with the command that gets it. Exit code 1:
 /// something is missing.
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -26,14 +29,14 @@ pub(crate) struct Need {
     /// What cannot be done without it.
     pub(crate) for_what: &'static str,
     pub(crate) remedy: &'static str,
-    /// The Debian package that has it and that may be installed unasked.
+    /// The Debian packages that have it and that may be installed unasked.
     package: Option<&'static str>,
     /// What was found; or why not.
     look: fn() -> Result<String, String>,
 }
 
 /// Every need, in the order of the table.
-pub(crate) const NEEDS: [Need; 5] = [
+pub(crate) const NEEDS: [Need; 10] = [
     Need {
         name: "rustfmt, clippy",
         for_what: "checks of form",
@@ -45,14 +48,14 @@ pub(crate) const NEEDS: [Need; 5] = [
     },
     Need {
         name: "C compiler",
-        for_what: "the TLS library aws-lc",
+        for_what: "the TLS library aws-lc, runc",
         remedy: "apt-get install -y gcc libc6-dev",
         package: None,
         look: || version("cc", &["--version"]),
     },
     Need {
         name: "Go",
-        for_what: "the Vault server that tests run against, csi-sanity",
+        for_what: "the Vault server that tests run against, csi-sanity, the cluster of one node",
         remedy: "install Go 1.26 or newer from https://go.dev/dl",
         package: None,
         look: go,
@@ -71,7 +74,65 @@ pub(crate) const NEEDS: [Need; 5] = [
         package: None,
         look: dev_fuse,
     },
+    Need {
+        name: "static libc",
+        for_what: "images of pods: the cluster of one node",
+        remedy: "apt-get install -y libc6-dev",
+        package: Some("libc6-dev"),
+        look: static_libc,
+    },
+    Need {
+        name: "busybox",
+        for_what: "images of pods: the cluster of one node",
+        remedy: "apt-get install -y busybox-static",
+        package: Some("busybox-static"),
+        look: busybox,
+    },
+    Need {
+        name: "CNI plugins",
+        for_what: "the network of pods: the cluster of one node",
+        remedy: "apt-get install -y containernetworking-plugins",
+        package: Some("containernetworking-plugins"),
+        look: || {
+            let plugins = ["bridge", "host-local", "loopback", "portmap"].map(|name| format!("{CNI}/{name}"));
+            let missing = plugins.iter().find(|plugin| !Path::new(plugin).exists());
+            missing.map_or_else(|| Ok(CNI.to_owned()), |plugin| Err(format!("{plugin} is not there")))
+        },
+    },
+    Need {
+        name: "libseccomp",
+        for_what: "runc: the cluster of one node",
+        remedy: "apt-get install -y libseccomp-dev pkg-config",
+        package: Some("libseccomp-dev pkg-config"),
+        look: || version("pkg-config", &["--modversion", "libseccomp"]),
+    },
+    Need {
+        name: "ip, nsenter",
+        for_what: "the network of the cluster of one node",
+        remedy: "apt-get install -y iproute2 util-linux",
+        package: Some("iproute2 util-linux"),
+        look: || version("nsenter", &["--version"]).and_then(|_| version("ip", &["-Version"])),
+    },
 ];
+
+/// Those without which there is no cluster of one node.
+const CLUSTER: [&str; 8] =
+    ["C compiler", "Go", "/dev/fuse", "static libc", "busybox", "CNI plugins", "libseccomp", "ip, nsenter"];
+
+/// Where Debian has a static one.
+pub(crate) const BUSYBOX: &str = "/bin/busybox";
+
+/// Where Debian has the plugins that connect pods.
+const CNI: &str = "/usr/lib/cni";
+
+/// Why the cluster of one node cannot be built or run here, if so.
+pub(crate) fn lacking_cluster() -> Option<String> {
+    let is_root = command::output(Command::new("id").arg("-u")).is_ok_and(|uid| uid.trim() == "0");
+    if !is_root {
+        return Some("namespaces and cgroups of its own need root".to_owned());
+    }
+    NEEDS.iter().filter(|need| CLUSTER.contains(&need.name)).find_map(Need::lacking)
+}
 
 /// The command.
 pub(crate) fn run(args: &Args) -> Result<ExitCode, Error> {
@@ -117,10 +178,12 @@ fn install(need: &Need) -> Result<bool, Error> {
     let apt_get = |arguments: &[&str]| {
         command::run(Command::new("apt-get").args(arguments).env("DEBIAN_FRONTEND", "noninteractive"))
     };
-    if apt_get(&["install", "-y", package]).is_err() {
+    let packages: Vec<&str> = package.split(' ').collect();
+    let install = [&["install", "-y"], &packages[..]].concat();
+    if apt_get(&install).is_err() {
         // Often only the list of packages is missing or old.
         apt_get(&["update"])?;
-        apt_get(&["install", "-y", package])?;
+        apt_get(&install)?;
     }
     Ok(true)
 }
@@ -152,6 +215,31 @@ fn parse_go(text: &str) -> Option<(u32, u32)> {
 fn dev_fuse() -> Result<String, String> {
     let open = OpenOptions::new().read(true).write(true).open("/dev/fuse");
     open.map(|_| "can be opened".to_owned()).map_err(|error| format!("cannot be opened: {error}"))
+}
+
+/// Links a program as the images' programs are linked.
+fn static_libc() -> Result<String, String> {
+    let mut cc = Command::new("cc");
+    cc.args(["-static", "-x", "c", "-o", "/dev/null", "-"]).stdin(Stdio::piped()).stderr(Stdio::null());
+    let mut child = cc.spawn().map_err(|error| format!("cc: {error}"))?;
+    let input = child.stdin.take().ok_or("cc reads nothing")?;
+    { input }.write_all(b"int main(void) { return 0; }\n").map_err(|error| format!("cc: {error}"))?;
+    match child.wait() {
+        Ok(status) if status.success() => Ok("links".to_owned()),
+        Ok(status) => Err(format!("cc -static ended with {status}")),
+        Err(error) => Err(format!("cc: {error}")),
+    }
+}
+
+/// The program of pods: one that needs no file beside itself.
+fn busybox() -> Result<String, String> {
+    let text = version(BUSYBOX, &["--help"])?;
+    let program = std::fs::read(BUSYBOX).map_err(|error| format!("{BUSYBOX}: {error}"))?;
+    let interpreter = b"/ld-linux";
+    if program.windows(interpreter.len()).any(|window| window == interpreter) {
+        return Err(format!("{BUSYBOX} is linked to shared libraries"));
+    }
+    Ok(text)
 }
 
 #[cfg(test)]

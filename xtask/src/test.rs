@@ -7,7 +7,8 @@ use std::time::Instant;
 use clap::ValueEnum;
 
 use crate::command::{self, Error};
-use crate::{sanity, setup, tools, vault};
+use crate::images::{self, Architecture};
+use crate::{kubernetes, sanity, setup, tools, vault};
 
 /// Runs everything that CI runs
 ///
@@ -16,8 +17,8 @@ use crate::{sanity, setup, tools, vault};
 ///
 /// Optional, and never a failure when not asked for: OpenBao, with FUSE_SECRETS_TEST_BAO naming its binary.
 ///
-/// A Vault server is built once into target/tools; FUSE_SECRETS_TEST_VAULT names another binary to use instead. So are csi-sanity
-/// and a program that calls the shim as kubelet does.
+/// A Vault server is built once into target/tools; FUSE_SECRETS_TEST_VAULT names another binary to use instead. So are csi-sanity,
+/// a program that calls the shim as kubelet does, and the programs of a Kubernetes cluster of one node.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// Only this step; may be given several times
@@ -40,6 +41,8 @@ enum Step {
     Unit,
     /// Tests against the real kernel and real servers
     Kernel,
+    /// Tests on a real cluster of one node; they are also among those of `kernel`
+    Cluster,
 }
 
 /// What a step came to.
@@ -63,6 +66,8 @@ const VAULT: &str = "FUSE_SECRETS_TEST_VAULT";
 const OPENBAO: &str = "FUSE_SECRETS_TEST_BAO";
 const SANITY: &str = "FUSE_SECRETS_TEST_CSI_SANITY";
 const DIAL: &str = "FUSE_SECRETS_TEST_DIAL";
+const KUBERNETES: &str = "FUSE_SECRETS_TEST_KUBERNETES";
+const IMAGES: &str = "FUSE_SECRETS_TEST_IMAGES";
 
 /// The command.
 pub(crate) fn run(args: &Args) -> Result<ExitCode, Error> {
@@ -110,7 +115,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, Error> {
             command::run(deny.args(["bans", "licenses", "sources"]))
         });
     }
-    if !wanted(Step::Unit) && !wanted(Step::Kernel) {
+    if !wanted(Step::Unit) && !wanted(Step::Kernel) && !wanted(Step::Cluster) {
         return Ok(report.close());
     }
 
@@ -122,8 +127,13 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, Error> {
     if kernel && let Some(why) = lacking("fusermount3") {
         report.cannot_run.push(format!("mounts of ordinary users: {why}"));
     }
+    let mut cluster = wanted(Step::Cluster) || wanted(Step::Kernel);
+    if cluster && let Some(why) = setup::lacking_cluster() {
+        report.cannot_run.push(format!("a cluster of one node: {why}"));
+        cluster = false;
+    }
     let mut server = std::env::var_os(VAULT).map(std::path::PathBuf::from);
-    if kernel && server.is_none() {
+    if (kernel || cluster) && server.is_none() {
         match lacking("Go") {
             Some(why) => report.cannot_run.push(format!("tests against Vault: {why}")),
             None => report.step("vault: a real server", |_| {
@@ -142,17 +152,31 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, Error> {
             }),
         }
     }
+    let mut parts = None;
+    if cluster {
+        report.step(
+            "kubernetes: a real cluster of one node, and the images of its pods and of the driver",
+            |_| {
+                let programs = kubernetes::programs()?;
+                kubernetes::images()?;
+                images::build(Architecture::Amd64, "localhost")?;
+                parts = Some(programs);
+                Ok(())
+            },
+        );
+    }
     if kernel && std::env::var_os(OPENBAO).is_none() {
         report.not_asked.push(format!("OpenBao: {OPENBAO} names no binary"));
     }
 
-    let which: &[&str] = match (wanted(Step::Unit), kernel) {
-        (true, true) => &["--workspace"],
-        (false, true) => &["--package", "fuse-tests"],
-        (true, false) => &["--workspace", "--exclude", "fuse-tests"],
-        (false, false) => return Ok(report.close()),
+    let which: &[&str] = match (wanted(Step::Unit), kernel, cluster) {
+        (true, true, _) => &["--workspace"],
+        (false, true, _) => &["--package", "fuse-tests"],
+        (false, false, true) => &["--package", "fuse-tests", "--test", "cluster"],
+        (true, false, _) => &["--workspace", "--exclude", "fuse-tests"],
+        (false, false, false) => return Ok(report.close()),
     };
-    if kernel {
+    if kernel || cluster {
         // Tests start the programs of this workspace, which `cargo test` alone would not build.
         report.step("build: the programs that tests start", |_| {
             command::run(command::cargo().args(["build", "--workspace", "--all-targets"]))
@@ -166,6 +190,9 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, Error> {
         }
         if let Some(callers) = &callers {
             cargo.env(SANITY, &callers.sanity).env(DIAL, &callers.dial);
+        }
+        if let Some(programs) = &parts {
+            cargo.env(KUBERNETES, programs).env(IMAGES, tools::images());
         }
         let ended_well = command::watch(&mut cargo, |line| sum.add(line))?;
         if ended_well || sum.failed > 0 {

@@ -15,8 +15,17 @@ pub(crate) fn root() -> &'static Path {
 
 /// The directory of one tool in one version.
 pub(crate) fn directory(name: &str, version: &str) -> PathBuf {
-    let target = std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into());
-    root().join(target).join("tools").join(format!("{name}-{version}"))
+    target().join("tools").join(format!("{name}-{version}"))
+}
+
+/// Where images for tests are.
+pub(crate) fn images() -> PathBuf {
+    target().join("images")
+}
+
+/// Cargo's directory.
+pub(crate) fn target() -> PathBuf {
+    root().join(std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into()))
 }
 
 /// cargo-deny; installed on first use.

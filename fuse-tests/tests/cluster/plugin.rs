@@ -32,7 +32,8 @@ impl<'a> Plugin<'a> {
         symlink(program, directory.path().join("kubectl-fuse_secrets")).unwrap();
         // One program with the parts of Kubernetes, which goes by its name.
         let kubectl = cluster.kubectl_command(&[]);
-        let hyperkube = kubectl.get_args().map(PathBuf::from).find(|word| word.ends_with("hyperkube")).unwrap();
+        let hyperkube =
+            kubectl.get_args().map(PathBuf::from).find(|word| word.ends_with("hyperkube")).unwrap();
         symlink(hyperkube, directory.path().join("kubectl")).unwrap();
         Self { cluster, directory }
     }
@@ -106,7 +107,9 @@ fn kubectl_fuse_secrets_check_reads_what_a_pod_reads() {
     let pod = format!("{}/reads", tenant.namespace);
     let check = plugin.run(&["check", "--pod", &pod]);
     assert_eq!(check.code, 0, "{}{}", check.out, check.err);
-    for step in ["CSIDriver", "registered", "agent", "attributes", "class", "token", "account", "login", "read"] {
+    for step in
+        ["CSIDriver", "registered", "agent", "attributes", "class", "token", "account", "login", "read"]
+    {
         assert!(check.out.contains(&format!("✓ {step}")), "{step}: {}", check.out);
     }
     let found = plugin.json(&["check", "--pod", &pod]);

@@ -29,7 +29,7 @@ use crate::cli::text::{harmless, wrap};
 use crate::config::{AgentConfig, Layer};
 use crate::metrics::Metrics;
 use crate::node::publish::{self, Resolved, resolve_told, resolve_without_token};
-use crate::node::refusal::Refusal;
+use crate::node::refusal::{Refusal, event};
 use crate::reference::VolumeSpec;
 use crate::store::vault::Vault;
 use crate::store::{Credential, ErrorKind, StoreError};
@@ -181,7 +181,7 @@ impl Diagnosis {
     /// Ends the way here.
     fn refuse(&mut self, step: &str, refusal: &Refusal) {
         self.steps.push(Step::new(step, Verdict::Refused, format!("{:?}", refusal.code)));
-        self.refused = Some(Refused { code: format!("{:?}", refusal.code), text: refusal.text.clone() });
+        self.refused = Some(Refused { code: format!("{:?}", refusal.code), text: event(&refusal.text) });
         self.exit_code = exit::refusal(refusal.code);
     }
 }
@@ -250,8 +250,9 @@ async fn diagnose(
     let (mut diagnosis, resolved) = resolving.await.map_err(fault)?;
     let Some(Resolved { spec, pod, token, .. }) = resolved else { return Ok(diagnosis) };
     let metrics = Arc::new(Metrics::default());
+    let store = Arc::new(Vault::within(Arc::clone(&metrics), config.reach.clone()));
     let setup = Setup { limits: config.limits, memory: config.memory_limit, threads: 1 };
-    let agent = Agent::start(Arc::new(Vault::new(Arc::clone(&metrics))), metrics, setup);
+    let agent = Agent::start(store, metrics, setup);
     let agent = agent.map_err(|error| (exit::start(&error), error.to_string()))?;
     let credential = Arc::new(Credential::Jwt(token));
     let publishing = agent.publish(Path::new("check"), spec.clone(), Some(pod), credential, deadline);
@@ -283,6 +284,7 @@ fn resolve(
         (publish::Step::Attributes, "attributes"),
         (publish::Step::Pod, "pod"),
         (publish::Step::Class, "class"),
+        (publish::Step::Policy, "policy"),
         (publish::Step::Token, "token"),
         (publish::Step::Account, "account"),
         (publish::Step::Settings, "settings"),
@@ -306,7 +308,7 @@ fn resolve(
             }
             Err(refusal) => {
                 // Nobody asked for a token or an account.
-                let at = if next == 3 { 5 } else { next };
+                let at = if next == 4 { 6 } else { next };
                 diagnosis.refuse(way.get(at).map_or("", |(_, name)| name), &refusal);
             }
         }

@@ -1,0 +1,8 @@
+//! A real cluster of one node: kubelet, containerd, API server, Vault, and pods.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "what fails in here is a test that fails")]
+
+/// The cluster by itself, without the driver.
+mod bare;
+/// `kubectl fuse-secrets`.
+mod plugin;
