@@ -20,6 +20,7 @@ RUN target=$(rustc -vV | sed -n 's/^host: //p') \
     && install -D "target/$target/release/fuse-secrets" /agent/fuse-secrets \
     && install -D "target/$target/release/fuse-secrets-csi" /shim/fuse-secrets-csi \
     && install -D -m 0644 /etc/ssl/certs/ca-certificates.crt /agent/etc/ssl/certs/ca-certificates.crt \
+    && strip --strip-debug /agent/fuse-secrets /shim/fuse-secrets-csi \
     && install -d -m 1777 /agent/tmp
 
 # Mounts, and keeps what is mounted. Root, because it mounts.

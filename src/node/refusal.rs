@@ -9,6 +9,7 @@ use fuse_secrets_csi::wire::message::Refused;
 use crate::agent::ServeError;
 use crate::cache::CacheError;
 use crate::class::FindError;
+use crate::kubernetes::issuer::Forged;
 use crate::metrics::{Metric, Metrics};
 use crate::store::ErrorKind;
 use crate::volume::snapshot::WriteError;
@@ -115,10 +116,20 @@ fn shorten(line: &str, room: usize) -> String {
     format!("{}{GAP}{}", &line[..head], &line[tail..])
 }
 
+/// A token that is not what it is shown as.
+pub fn forged(audience: &str, forged: &Forged) -> Refusal {
+    let code = match forged {
+        Forged::Expired | Forged::Early => Code::FailedPrecondition,
+        _ => Code::PermissionDenied,
+    };
+    Refusal::new(code, format!("the token for audience {audience:?} {forged}"))
+}
+
 impl From<FindError> for Refusal {
     fn from(error: FindError) -> Self {
         let code = match &error {
             FindError::Faults(_) => Code::FailedPrecondition,
+            FindError::Unknown { .. } => Code::Unavailable,
             FindError::Unreadable { .. } => Code::Internal,
         };
         Self::new(code, error.to_string())
@@ -141,6 +152,7 @@ fn serve(error: &ServeError) -> Code {
         }
         ServeError::Publish(PublishError::Cache(error)) => match error {
             CacheError::Limit { .. } => Code::ResourceExhausted,
+            CacheError::Unproven(error) => store(error.kind),
             CacheError::Stopped => Code::Unavailable,
             CacheError::Keys { .. } => Code::Internal,
         },

@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 use crate::command::{self, Error};
 use crate::oci::Image;
@@ -36,6 +36,13 @@ impl Architecture {
         match self {
             Self::Amd64 => "amd64",
             Self::Arm64 => "arm64",
+        }
+    }
+
+    fn strip(self) -> &'static str {
+        match self {
+            Self::Amd64 => "strip",
+            Self::Arm64 => "aarch64-linux-gnu-strip",
         }
     }
 
@@ -85,7 +92,13 @@ pub(crate) fn build(architecture: Architecture, registry: &str) -> Result<Images
     let version = env!("CARGO_PKG_VERSION");
     let suffix = if architecture == Architecture::Amd64 { "" } else { "-arm64" };
     let archive = |name: &str| tools::images().join(format!("{name}{suffix}.tar"));
-    let agent = programs.join("fuse-secrets");
+    let [agent, shim] = ["fuse-secrets", "fuse-secrets-csi"].map(|program| {
+        // Line tables are three quarters of a program, and of no use without a debugger.
+        let stripped = programs.join(format!("{program}.stripped"));
+        let mut strip = Command::new(architecture.strip());
+        command::run(strip.arg("--strip-debug").arg("-o").arg(&stripped).arg(programs.join(program))).map(|()| stripped)
+    });
+    let (agent, shim) = (agent?, shim?);
     let mut files = vec![(agent.as_path(), "/fuse-secrets", 0o755)];
     let cas = Path::new(PUBLIC_CAS);
     if cas.exists() {
@@ -107,7 +120,7 @@ pub(crate) fn build(architecture: Architecture, registry: &str) -> Result<Images
     Image {
         name: &format!("{registry}/fuse-secrets-csi:{version}"),
         entrypoint: &["/fuse-secrets-csi"],
-        files: &[(&programs.join("fuse-secrets-csi"), "/fuse-secrets-csi", 0o755)],
+        files: &[(&shim, "/fuse-secrets-csi", 0o755)],
         ..image
     }
     .write(&images.shim)?;

@@ -108,7 +108,7 @@ fn kubectl_fuse_secrets_check_reads_what_a_pod_reads() {
     let check = plugin.run(&["check", "--pod", &pod]);
     assert_eq!(check.code, 0, "{}{}", check.out, check.err);
     for step in
-        ["CSIDriver", "registered", "agent", "attributes", "class", "token", "account", "login", "read"]
+        ["CSIDriver", "registered", "agent", "attributes", "class", "policy", "token", "account", "signature", "login", "read"]
     {
         assert!(check.out.contains(&format!("✓ {step}")), "{step}: {}", check.out);
     }

@@ -27,10 +27,15 @@ use crate::cli::exit;
 use crate::cli::mounts::Table;
 use crate::cli::text::{harmless, wrap};
 use crate::config::{AgentConfig, Layer};
+use crate::kubernetes::api::{Api, ConnectError};
+use crate::kubernetes::classes::Watched;
+use crate::kubernetes::issuer::{Issuer, Verdict as Signed};
 use crate::metrics::Metrics;
 use crate::node::publish::{self, Resolved, resolve_told, resolve_without_token};
-use crate::node::refusal::{Refusal, event};
+use crate::node::refusal::{Refusal, event, forged};
+use crate::node::worker::UNKNOWN;
 use crate::reference::VolumeSpec;
+use crate::secret::Token;
 use crate::store::vault::Vault;
 use crate::store::{Credential, ErrorKind, StoreError};
 use crate::volume::{BuildError, PublishError, Volume};
@@ -112,15 +117,14 @@ pub(super) async fn run(
     without_token: bool,
     output: Format,
 ) -> ExitCode {
-    let (publish, config, classes) = match before(document, config) {
+    let (publish, config) = match before(document, config) {
         Ok(ready) => ready,
         Err((code, text)) => {
             exit::complain(&text);
             return ExitCode::from(code);
         }
     };
-    let diagnosing = diagnose(publish, classes, config, without_token);
-    let diagnosis = match diagnosing.await {
+    let diagnosis = match diagnose(publish, config, without_token).await {
         Ok(diagnosis) => diagnosis,
         Err((code, text)) => {
             exit::complain(&text);
@@ -189,10 +193,7 @@ impl Diagnosis {
 /// What stops a diagnosis before it begins, with its exit code.
 type Before = (u8, String);
 
-fn before(
-    document: &Path,
-    config: Option<&Path>,
-) -> Result<(Publish, AgentConfig, Arc<dyn Classes>), Before> {
+fn before(document: &Path, config: Option<&Path>) -> Result<(Publish, AgentConfig), Before> {
     let unreadable = |path: &Path| {
         let path = path.display().to_string();
         move |error: io::Error| (exit::NO_INPUT, format!("cannot read {path}: {error}"))
@@ -200,7 +201,6 @@ fn before(
     let file = config.map(|path| std::fs::read_to_string(path).map_err(unreadable(path))).transpose()?;
     let config = AgentConfig::read(Layer::default(), std::env::vars_os(), file.as_deref());
     let config = config.map_err(|faults| (exit::USAGE, faults.to_string()))?;
-    let classes = classes(&config)?;
     let text = read(document).map_err(unreadable(document))?;
     // The parser's own errors quote what they read, which may be a token.
     let wrong = |_| {
@@ -208,16 +208,29 @@ fn before(
                     write it";
         (exit::DATA, text.to_owned())
     };
-    let publish = serde_json::from_slice(&text).map_err(wrong)?;
-    Ok((publish, config, classes))
+    Ok((serde_json::from_slice(&text).map_err(wrong)?, config))
 }
 
-/// Where this agent's classes come from.
-fn classes(config: &AgentConfig) -> Result<Arc<dyn Classes>, Before> {
-    let path = &config.classes;
-    let opened = Directory::open(path);
-    let opened = opened.map_err(|error| (exit::NO_INPUT, format!("cannot read {}: {error}", path.display())));
-    Ok(Arc::new(opened?))
+/// What an agent asks beside the store.
+struct Sources {
+    classes: Arc<dyn Classes>,
+    /// Who knows whether a token is the issuer's; `None`: nobody here does.
+    issuer: Option<Arc<Issuer>>,
+}
+
+impl Sources {
+    /// Those of this agent.
+    async fn open(config: &AgentConfig, metrics: &Arc<Metrics>) -> Result<Self, Before> {
+        if let Some(path) = &config.classes {
+            let unreadable = |error| (exit::NO_INPUT, format!("cannot read {}: {error}", path.display()));
+            let classes = Arc::new(Directory::open(path).map_err(unreadable)?);
+            return Ok(Self { classes, issuer: None });
+        }
+        let unreachable = |error: ConnectError| (exit::USAGE, error.to_string());
+        let api = Api::connect(Api::find().await.map_err(unreachable)?).map_err(unreachable)?;
+        let classes = Watched::start(api.clone(), Arc::clone(metrics));
+        Ok(Self { classes, issuer: Some(Issuer::start(api, Arc::clone(metrics))) })
+    }
 }
 
 /// As long as a message between shim and agent may be, and wiped.
@@ -235,13 +248,14 @@ fn read(document: &Path) -> io::Result<Zeroizing<Vec<u8>>> {
     Ok(text)
 }
 
-async fn diagnose(
-    publish: Publish,
-    classes: Arc<dyn Classes>,
-    config: AgentConfig,
-    without_token: bool,
-) -> Result<Diagnosis, Before> {
+async fn diagnose(publish: Publish, config: AgentConfig, without_token: bool) -> Result<Diagnosis, Before> {
     let deadline = Instant::now() + config.publish_deadline;
+    let metrics = Arc::new(Metrics::default());
+    let Sources { classes, issuer } = Sources::open(&config, &metrics).await?;
+    if let Some(kind) = publish::kind(&publish.attributes) {
+        // As the agent waits for them at its start. Whether they are known by then is told by who looks for one.
+        let _ = tokio::time::timeout(UNKNOWN.min(config.publish_deadline), classes.known(kind)).await;
+    }
     let resolving = {
         let config = config.clone();
         tokio::task::spawn_blocking(move || resolve(publish, classes.as_ref(), &config, without_token))
@@ -249,7 +263,11 @@ async fn diagnose(
     let fault = |_| (exit::SOFTWARE, "a fault of this program; its log tells where".to_owned());
     let (mut diagnosis, resolved) = resolving.await.map_err(fault)?;
     let Some(Resolved { spec, pod, token, .. }) = resolved else { return Ok(diagnosis) };
-    let metrics = Arc::new(Metrics::default());
+    if let Some(issuer) = issuer
+        && !diagnosis.verified(&issuer, &spec, &token).await
+    {
+        return Ok(diagnosis);
+    }
     let store = Arc::new(Vault::within(Arc::clone(&metrics), config.reach.clone()));
     let setup = Setup { limits: config.limits, memory: config.memory_limit, threads: 1 };
     let agent = Agent::start(store, metrics, setup);
@@ -327,6 +345,27 @@ fn resolve(
 }
 
 impl Diagnosis {
+    /// Whether the token is good, as far as that can be told.
+    async fn verified(&mut self, issuer: &Issuer, spec: &VolumeSpec, token: &Token) -> bool {
+        let audience = spec.identity.auth.audience.as_deref().unwrap_or_default();
+        match issuer.verify(token, audience).await {
+            Ok(verdict) => {
+                self.steps.push(match verdict {
+                    Signed::Signed => Step::new("signature", Verdict::Good, "with a key of the API server's issuer"),
+                    Signed::Unknown => {
+                        let found = "the issuer's keys are not to be had; the login has to prove the token";
+                        Step::new("signature", Verdict::Note, found)
+                    }
+                });
+                true
+            }
+            Err(why) => {
+                self.refuse("signature", &forged(audience, &why));
+                false
+            }
+        }
+    }
+
     fn answered(&mut self, spec: &VolumeSpec, volume: &Volume) {
         self.steps.push(Step::new("login", Verdict::Good, login(spec)));
         self.steps.push(Step::new("read", Verdict::Good, "every file"));

@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Args;
-use fuse_secrets_csi::wire::message::{DROPPED_SECRETS, Publish};
+use fuse_secrets_csi::wire::message::Publish;
 use fuse_secrets_csi::wire::{Count, Secret};
 use serde::{Deserialize, Serialize};
 use zeroize::{Zeroize as _, Zeroizing};
@@ -372,14 +372,11 @@ fn document(
         ("ephemeral", &"true".to_owned()),
     ];
     let context = context.map(|(key, value)| (format!("csi.storage.k8s.io/{key}"), value.clone()));
-    let mut said: BTreeMap<String, String> = if driver.pod_info { context.into() } else { BTreeMap::new() };
-    if csi.node_publish_secret_ref.is_some() {
-        said.insert(DROPPED_SECRETS.to_owned(), String::new());
-    }
     let publish = Publish {
         volume: "check".to_owned(),
         target: "check".to_owned(),
-        pod: said,
+        pod: if driver.pod_info { context.into() } else { BTreeMap::new() },
+        secret_ref: csi.node_publish_secret_ref.is_some(),
         attributes: csi.volume_attributes.clone(),
         group: pod.spec.security_context.fs_group,
         tokens,
