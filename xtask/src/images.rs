@@ -96,7 +96,8 @@ pub(crate) fn build(architecture: Architecture, registry: &str) -> Result<Images
         // Line tables are three quarters of a program, and of no use without a debugger.
         let stripped = programs.join(format!("{program}.stripped"));
         let mut strip = Command::new(architecture.strip());
-        command::run(strip.arg("--strip-debug").arg("-o").arg(&stripped).arg(programs.join(program))).map(|()| stripped)
+        command::run(strip.arg("--strip-debug").arg("-o").arg(&stripped).arg(programs.join(program)))
+            .map(|()| stripped)
     });
     let (agent, shim) = (agent?, shim?);
     let mut files = vec![(agent.as_path(), "/fuse-secrets", 0o755)];

@@ -107,9 +107,19 @@ fn kubectl_fuse_secrets_check_reads_what_a_pod_reads() {
     let pod = format!("{}/reads", tenant.namespace);
     let check = plugin.run(&["check", "--pod", &pod]);
     assert_eq!(check.code, 0, "{}{}", check.out, check.err);
-    for step in
-        ["CSIDriver", "registered", "agent", "attributes", "class", "policy", "token", "account", "signature", "login", "read"]
-    {
+    for step in [
+        "CSIDriver",
+        "registered",
+        "agent",
+        "attributes",
+        "class",
+        "policy",
+        "token",
+        "account",
+        "signature",
+        "login",
+        "read",
+    ] {
         assert!(check.out.contains(&format!("✓ {step}")), "{step}: {}", check.out);
     }
     let found = plugin.json(&["check", "--pod", &pod]);

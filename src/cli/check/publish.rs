@@ -351,7 +351,9 @@ impl Diagnosis {
         match issuer.verify(token, audience).await {
             Ok(verdict) => {
                 self.steps.push(match verdict {
-                    Signed::Signed => Step::new("signature", Verdict::Good, "with a key of the API server's issuer"),
+                    Signed::Signed => {
+                        Step::new("signature", Verdict::Good, "with a key of the API server's issuer")
+                    }
                     Signed::Unknown => {
                         let found = "the issuer's keys are not to be had; the login has to prove the token";
                         Step::new("signature", Verdict::Note, found)
