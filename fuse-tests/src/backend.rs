@@ -270,6 +270,19 @@ impl Backend {
         counts
     }
 
+    /// Logins so far that succeeded under this role at `auth/mount`, of a server by its audit log.
+    ///
+    /// # Panics
+    /// The audit log cannot be read: it is the embedded one.
+    #[must_use]
+    pub fn logins_at(&self, mount: &str, role: &str) -> usize {
+        let text = std::fs::read_to_string(self.audit()).unwrap();
+        let lines = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let path = format!("auth/{mount}/login");
+        let logins = lines.filter(|line| line["type"] == "response" && line["request"]["path"] == path);
+        logins.filter(|line| line["auth"]["metadata"]["role"] == role).count()
+    }
+
     /// The process of a server.
     ///
     /// # Panics

@@ -6,6 +6,7 @@
 //!                     ├─ api.rs       the API server, asked over HTTP as its administrator
 //!                     ├─ kubectl.rs   kubectl: apply, delete, exec, logs
 //!                     ├─ waits.rs     until a pod is ready, an event is there
+//!                     ├─ csi.rs       the driver's socket, called past kubelet
 //!                     ├─ pods.rs      what a pod is made of on the node, and what is left of it
 //!                     ├─ store.rs     Vault beside the node, which trusts the cluster's service accounts
 //!                     ├─ tenant.rs    a namespace with everything that a test's pods need
@@ -42,6 +43,8 @@ mod cgroups;
 pub mod certificates;
 /// Programs and their arguments.
 pub mod components;
+/// The driver's own socket.
+pub mod csi;
 /// The driver on the cluster.
 pub mod deploy;
 /// The node's first process.
@@ -407,6 +410,15 @@ impl Cluster {
     #[must_use]
     pub fn issuer_key(&self) -> String {
         fs::read_to_string(self.certificates.path("sa.pub")).unwrap()
+    }
+
+    /// The key that signs tokens of service accounts, in PEM.
+    ///
+    /// # Panics
+    /// It cannot be read.
+    #[must_use]
+    pub fn signing_key(&self) -> String {
+        fs::read_to_string(self.certificates.path("sa.key")).unwrap()
     }
 
     /// The network, to run something in.

@@ -45,6 +45,9 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, Error> {
     }
 }
 
+/// A shell and its commands, the only image of pods that is there.
+const TOOLS: &str = "localhost/tools:1";
+
 /// What is said of a cluster that stays.
 fn state_file() -> PathBuf {
     tools::target().join("cluster.json")
@@ -131,10 +134,17 @@ fn explain(state: &Value) {
     let text = |name: &str| state[name].as_str().unwrap_or_default();
     println!("A cluster of one node is up. To try:\n");
     println!("  cargo xtask cluster kubectl get pods -A");
-    println!(
-        "  cargo xtask cluster kubectl run hello --image localhost/tools:1 --image-pull-policy Never -- sleep 1000"
-    );
-    println!("  cargo xtask cluster kubectl exec -it hello -- sh");
+    if state["driver"] == true {
+        // The image that is on the node, as there is no registry.
+        println!(
+            "  sed 's|image: busybox|image: {TOOLS}|' deploy/examples/pod.yaml | cargo xtask cluster kubectl apply -f -"
+        );
+        println!("  cargo xtask cluster kubectl -n shop get pods");
+        println!("  cargo xtask cluster kubectl -n shop exec files -- cat /mnt/secrets/password");
+    } else {
+        println!("  cargo xtask cluster kubectl run hello --image {TOOLS} -- sleep 1000");
+        println!("  cargo xtask cluster kubectl exec -it hello -- sh");
+    }
     println!("\nIn its network, with its kubeconfig:\n");
     println!("  nsenter --target={} --net env KUBECONFIG={} bash", state["node"], text("kubeconfig"));
     let store = |name: &str| state["store"][name].as_str();

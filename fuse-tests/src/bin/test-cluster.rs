@@ -5,7 +5,7 @@
 //! | `world` | the first process of a cluster's pid namespace: ends when standard input does |
 //! | `boot PLAN`, `init PLAN` | who makes a node's namespaces, and its first process |
 //! | `sweep DIRECTORY` | removes a cluster's directory and cgroups when standard input ends |
-//! | `stay` | a cluster as the environment describes it: prints one line of JSON when it is ready, ends on SIGTERM or SIGINT |
+//! | `stay` | a cluster as the environment describes it, with the driver and what its example asks of the store: prints one line of JSON when it is ready, ends on SIGTERM or SIGINT |
 
 #![allow(clippy::print_stdout, clippy::print_stderr, clippy::unwrap_used, reason = "a program of the tests")]
 
@@ -47,6 +47,7 @@ fn stay() {
     let cluster = Cluster::start(Options::from_env().unwrap());
     cluster.install();
     let mut state = json!({
+        "driver": cluster.has_driver(),
         "pid": std::process::id(),
         "node": cluster.node_pid(),
         "directory": cluster.directory(),
@@ -54,6 +55,7 @@ fn stay() {
         "hyperkube": Options::from_env().unwrap().programs.join("hyperkube"),
     });
     if cluster.has_store() {
+        cluster.ready_example();
         let store = cluster.store();
         state["store"] = json!({"address": store.address(), "ca": store.ca(), "token": store.root_token()});
     }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
 use super::Cluster;
@@ -48,6 +48,16 @@ impl Api {
 }
 
 impl Cluster {
+    /// A page of something in the cluster's network; `None`: no answer.
+    #[must_use]
+    pub fn page(&self, url: &str) -> Option<String> {
+        let asked = self.api.http.get(url).send();
+        self.api
+            .runtime
+            .block_on(self.api.runtime.spawn(async { asked.await.ok()?.text().await.ok() }))
+            .unwrap()
+    }
+
     /// Asks the API server: status and answer. `path` begins with `api/v1` or `apis/`; `PATCH` is a merge patch.
     ///
     /// # Panics
@@ -96,9 +106,29 @@ impl Cluster {
     /// It is refused.
     #[must_use]
     pub fn token(&self, namespace: &str, account: &str, audience: &str) -> String {
-        let wanted = serde_json::json!({"spec": {"audiences": [audience], "expirationSeconds": 600}});
+        self.issue(namespace, account, &json!({"audiences": [audience], "expirationSeconds": 600}))
+    }
+
+    /// The same bound to a pod, given by name and uid: as kubelet gets it for `tokenRequests`.
+    ///
+    /// # Panics
+    /// It is refused.
+    #[must_use]
+    pub fn token_of_pod(
+        &self,
+        namespace: &str,
+        account: &str,
+        audience: &str,
+        (pod, uid): (&str, &str),
+    ) -> String {
+        let bound = json!({"apiVersion": "v1", "kind": "Pod", "name": pod, "uid": uid});
+        let wanted = json!({"audiences": [audience], "expirationSeconds": 600, "boundObjectRef": bound});
+        self.issue(namespace, account, &wanted)
+    }
+
+    fn issue(&self, namespace: &str, account: &str, wanted: &Value) -> String {
         let path = format!("api/v1/namespaces/{namespace}/serviceaccounts/{account}/token");
-        let answer = self.create(&path, &wanted);
+        let answer = self.create(&path, &json!({ "spec": wanted }));
         answer["status"]["token"].as_str().unwrap().to_owned()
     }
 }

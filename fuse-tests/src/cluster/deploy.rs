@@ -78,6 +78,23 @@ impl Cluster {
         self.install_with(&json!({}), &[]);
     }
 
+    /// Readies what `deploy/examples/pod.yaml` asks of the store, as `deploy/vault/setup.sh` does: the role `app` for the service
+    /// account `app` of the namespace `shop`, and a secret.
+    ///
+    /// # Panics
+    /// The store refuses.
+    pub fn ready_example(&self) {
+        let store = self.store();
+        let policy = fs::read_to_string(manifests().join("vault/policy.hcl")).unwrap();
+        store.write("sys/policies/acl/app", &json!({ "policy": policy }));
+        let role = json!({
+            "bound_service_account_names": ["app"], "bound_service_account_namespaces": ["shop"],
+            "audience": AUDIENCE, "token_policies": "app",
+        });
+        store.write("auth/kubernetes/role/app", &role);
+        store.put("app", &json!({"password": "first"}));
+    }
+
     /// Applies a directory of manifests, with components, under a kustomization of the test's own: its content without what it is made
     /// of, and files that it names.
     ///

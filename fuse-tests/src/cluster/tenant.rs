@@ -166,6 +166,23 @@ impl Tenant<'_> {
         self.cluster.wait_event(&self.namespace, pod, text)
     }
 
+    /// Waits until kubelet says that the volume `secrets` of a pod was refused with exactly this code and text.
+    ///
+    /// # Panics
+    /// It does not in time.
+    pub fn wait_refused(&self, pod: &str, code: &str, text: &str) {
+        self.cluster.wait_refused(&self.namespace, pod, "secrets", code, text);
+    }
+
+    /// The same of a shell script, which must succeed.
+    ///
+    /// # Panics
+    /// It fails.
+    #[must_use]
+    pub fn sh(&self, pod: &str, script: &str) -> String {
+        self.exec(pod, &["sh", "-c", script]).unwrap_or_else(|why| panic!("{pod}: {script}: {why}"))
+    }
+
     fn delete(&self) -> u16 {
         let path = format!("api/v1/namespaces/{}", self.namespace);
         self.cluster.ask("DELETE", &path, None).0

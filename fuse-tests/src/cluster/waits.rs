@@ -121,6 +121,43 @@ impl Cluster {
     /// # Panics
     /// It does not in time.
     pub fn wait_rolled_out(&self, namespace: &str, what: &str) {
-        self.kubectl(&["rollout", "status", what, "--namespace", namespace, "--timeout=90s"]);
+        let Some(name) = what.strip_prefix("daemonset/") else {
+            self.kubectl(&["rollout", "status", what, "--namespace", namespace, "--timeout=90s"]);
+            return;
+        };
+        // `kubectl rollout` knows no daemon set whose pods are replaced by hand; what those are is not looked at here either.
+        self.wait_for(
+            &format!("apis/apps/v1/namespaces/{namespace}/daemonsets/{name}"),
+            "rolled out",
+            |set| {
+                let status = |field: &str| set["status"][field].as_u64().unwrap_or_default();
+                let by_hand = set["spec"]["updateStrategy"]["type"] == "OnDelete";
+                let (wanted, ready) = (status("desiredNumberScheduled"), status("numberReady"));
+                let seen = set["status"]["observedGeneration"] == set["metadata"]["generation"];
+                let updated = by_hand || status("updatedNumberScheduled") == wanted;
+                // Of an update with surge, the former pods go last.
+                let alone = by_hand || self.daemons((namespace, name)).len() as u64 == wanted;
+                (seen && wanted > 0 && ready == wanted && updated && alone).then_some(())
+            },
+        );
+    }
+
+    /// Waits until kubelet says of a pod that a volume was refused with exactly this code and text.
+    ///
+    /// # Panics
+    /// It does not in time: says what it says instead.
+    pub fn wait_refused(&self, namespace: &str, pod: &str, volume: &str, code: &str, text: &str) {
+        let wanted = format!(
+            "MountVolume.SetUp failed for volume {volume:?} : rpc error: code = {code} desc = {text}"
+        );
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let events = self.events(namespace, pod);
+            if events.iter().any(|(reason, message)| reason == "FailedMount" && *message == wanted) {
+                return;
+            }
+            assert!(Instant::now() < end, "{namespace}/{pod}: no event says\n{wanted}\nbut {events:#?}");
+            wait::pause(std::time::Duration::from_millis(100));
+        }
     }
 }

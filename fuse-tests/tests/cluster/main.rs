@@ -4,5 +4,13 @@
 
 /// The cluster by itself, without the driver.
 mod bare;
+/// How pods end.
+mod ends;
+/// Publishes that nobody but kubelet may make.
+mod forged;
+/// What pods read.
+mod reading;
+/// Why pods wait.
+mod refusals;
 /// `kubectl fuse-secrets`.
 mod plugin;

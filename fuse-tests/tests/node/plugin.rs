@@ -317,7 +317,7 @@ fn a_check_tells_word_for_word_what_kubelet_is_told() {
     cluster.class("no-data", &[("password", "secret/app", None)], &[]);
     cluster.class("no-right", &[("password", "other/data/app", None)], &[]);
     cluster.class("no-audience", &[("password", "secret/data/app", None)], &[("audience", "team")]);
-    cluster.class("no-role", &[("password", "secret/data/app", None)], &[("roleName", "nobody")]);
+    cluster.class("no-login", &[("password", "secret/data/app", None)], &[("vaultAuthMountPath", "nope")]);
     cluster.class("faulty", &[("../password", "secret/data/app", None)], &[("roleNam", "x")]);
     cluster.class(
         "nowhere",
@@ -329,7 +329,7 @@ fn a_check_tells_word_for_word_what_kubelet_is_told() {
         ("ap", "class", 65),
         ("faulty", "class", 65),
         ("no-audience", "token", 65),
-        ("no-role", "login", 65),
+        ("no-login", "login", 65),
         ("no-right", "read", 77),
         ("no-secret", "read", 65),
         ("no-data", "read", 77),
@@ -337,7 +337,7 @@ fn a_check_tells_word_for_word_what_kubelet_is_told() {
         ("nowhere", "login", 69),
     ] {
         let volume = world.node.volume("web-0", class);
-        let no = world.node.publish(&volume).unwrap_err();
+        let no = world.node.publish(&volume).expect_err(class);
         let one = World::new(&world.node, &volume, Box::new(|_| None));
         let check = one.run(&["check", "--pod", "shop/web-0", "-o", "json"]);
         let found: Value = serde_json::from_str(&check.out).unwrap();

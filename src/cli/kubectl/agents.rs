@@ -241,7 +241,7 @@ fn ask_one<T>(
     }
     let said = exec(kubectl, pod, arguments, None, None).map_err(|error| error.to_string())?;
     let answer = read(&said);
-    if answer.is_some() && !said.last_words().is_empty() {
+    if answer.is_some() && said.code != Some(0) && !said.last_words().is_empty() {
         complain(&format!("{}: {}", pod.spec.node_name, said.last_words()));
     }
     answer.ok_or_else(|| super::call::failure("run a program in the agent's container", &said).to_string())
