@@ -14,6 +14,8 @@ pub mod dev;
 pub mod doctor;
 /// Exit codes, and the one line that goes with them.
 pub mod exit;
+/// `kubectl fuse-secrets`: the same tables for a cluster.
+pub mod kubectl;
 /// Logging: text or JSON, and what is never logged.
 pub mod log;
 /// `mount`: one class of a real store, without Kubernetes.
@@ -29,8 +31,6 @@ mod serving;
 /// Text for terminals.
 mod text;
 
-use std::io::Write as _;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand, ValueEnum};
@@ -71,11 +71,11 @@ Exit codes:
   64  the command line, the environment or the configuration file is wrong
   65  a class document has faults
   66  a file that was named cannot be read
-  69  the store cannot be reached, or does not answer
+  69  the store or the API server cannot be reached, or does not answer
   70  a fault of this program (please report it)
   73  the directory cannot be mounted on
   75  a limit of memory or of the cache is reached
-  77  the store refused";
+  77  the store or the API server refused";
 
 /// The commands.
 #[derive(Subcommand)]
@@ -100,22 +100,9 @@ pub enum Command {
         shim: observe::Shim,
     },
     /// Check class documents, with every fault at once
-    #[command(after_long_help = check::HELP)]
-    Check {
-        /// Files with SecretProviderClass or SecretsStoreImport documents; - is standard input
-        #[arg(required = true, value_name = "FILE")]
-        files: Vec<PathBuf>,
-        /// How to print
-        #[arg(short, long, value_enum, default_value_t)]
-        output: check::Format,
-    },
+    Check(check::Options),
     /// Tell what this machine gives (FUSE, secret memory, limits), and what is lost
-    #[command(after_long_help = doctor::HELP)]
-    Doctor {
-        /// How to print
-        #[arg(short, long, value_enum, default_value_t)]
-        output: Print,
-    },
+    Doctor(doctor::Options),
 }
 
 /// How to print a report.
@@ -152,18 +139,8 @@ impl Command {
             Self::Agent(options) => agent::run(*options, panicked).await,
             Self::Mounts(options) => mounts::run(options).await,
             Self::Abort { volume, shim } => observe::abort(&shim, volume).await,
-            Self::Check { files, output } => {
-                let outcome = check::run(&files);
-                exit::printed(outcome.print(&mut std::io::stdout().lock(), output), outcome.exit_code())
-            }
-            Self::Doctor { output } => {
-                let report = doctor::report();
-                let text = match output {
-                    Print::Table => report.to_string(),
-                    Print::Json => format!("{:#}\n", serde_json::json!(report)),
-                };
-                exit::printed(std::io::stdout().lock().write_all(text.as_bytes()), report.exit_code())
-            }
+            Self::Check(options) => check::command(options).await,
+            Self::Doctor(options) => doctor::run(&options),
         }
     }
 }

@@ -19,6 +19,8 @@ pub mod agent;
 pub mod backend;
 /// A real Kubernetes cluster of one node.
 pub mod cluster;
+/// A stand-in for kubectl.
+pub mod kubectl;
 /// What a process's memory holds.
 pub mod memory;
 /// A directory with a mount that goes when it is dropped.

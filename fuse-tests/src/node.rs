@@ -212,9 +212,29 @@ impl Node {
             }
         }
         command.args(["--health-address", &health.to_string()]).args(arguments);
+        self.in_its_place(&mut command);
         let process = Process::spawn_init(command, self.next_log("agent"));
         self.agents.push(Agent { process, health });
         self.agents.len() - 1
+    }
+
+    /// The agent's program once more, as something is run in its container: the same user, limits and directories.
+    #[must_use]
+    pub fn beside_the_agent(&self) -> Command {
+        let mut command = process::as_in_a_container(&self.programs.agent);
+        command.env_clear();
+        self.in_its_place(&mut command);
+        command
+    }
+
+    /// Agents of other nodes have other directories, as containers have.
+    fn in_its_place(&self, command: &mut Command) {
+        let runtime = self.path.join("run");
+        if !runtime.exists() {
+            std::fs::create_dir(&runtime).unwrap();
+            std::os::unix::fs::chown(&runtime, Some(UID), Some(UID)).unwrap();
+        }
+        command.env("XDG_RUNTIME_DIR", runtime);
     }
 
     /// Waits until an agent serves; returns what the shim says of it.
@@ -235,6 +255,15 @@ impl Node {
     /// The running agents, in the order in which they were started.
     pub fn agents(&mut self) -> &mut Vec<Agent> {
         &mut self.agents
+    }
+
+    /// The process number of the agent that was started first.
+    ///
+    /// # Panics
+    /// None was.
+    #[must_use]
+    pub fn agent_pid(&self) -> u32 {
+        self.agents[0].process.pid()
     }
 
     /// The running shim.

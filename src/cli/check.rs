@@ -1,18 +1,25 @@
 //! `fuse-secrets check FILE...`: reads class documents and says what they ask for, or everything that is wrong with them.
-//! Needs no store and no credential. Never prints what a fault is about, only where it is and what to write.
+//! Needs no store and no credential (`check --publish` does: see `publish`). Never prints what a fault is about, only where it is and what to write.
 //!
 //! Exit codes: 0 all documents are good; 65 (`EX_DATAERR`) a document has faults; 66 (`EX_NOINPUT`) a file cannot be read.
 
 use std::io::{self, Read as _, Write};
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
+use clap::Args;
 use serde_json::json;
 
+use super::exit;
+use super::text::middle as shorten;
 use crate::class::{self, Class, Fault, Faults};
 use crate::config::fault::{Sink, broken};
 use crate::config::text::spell;
 use crate::config::yaml::MAX_BYTES;
 use crate::reference::{Encoding, FileSpec, Method};
+
+/// `check --publish`: one publish repeated, without a mount.
+pub mod publish;
 
 /// Printed lines are no longer than this.
 const COLUMNS: usize = 80;
@@ -25,7 +32,31 @@ Needs no store and no credential. Exit codes: 0 all documents are good, 65 a doc
 
 Examples:
       fuse-secrets check app.yaml
-      kubectl get secretproviderclass -A -o yaml | fuse-secrets check -";
+      kubectl get secretproviderclass -A -o yaml | fuse-secrets check -
+  Why a pod does not start, from outside its node:
+      kubectl fuse-secrets check --pod payments/orders-0";
+
+/// Arguments of `check`.
+#[derive(Args)]
+#[command(after_long_help = HELP)]
+pub struct Options {
+    /// Files with SecretProviderClass or SecretsStoreImport documents; - is standard input
+    #[arg(required_unless_present = "publish", value_name = "FILE")]
+    files: Vec<PathBuf>,
+    /// Repeat a publish, with the settings of this agent, without mounting: log in, read every file, say what a pod would be told.
+    /// A document of JSON as `kubectl fuse-secrets check` writes it, with tokens; - is standard input
+    #[arg(long, value_name = "FILE", conflicts_with = "files")]
+    publish: Option<PathBuf>,
+    /// Of a publish: stop where a token is needed, and ask no store
+    #[arg(long, requires = "publish")]
+    without_token: bool,
+    /// Of a publish: the agent's configuration file
+    #[arg(long, env = "FUSE_SECRETS_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// How to print
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Format,
+}
 
 /// How to print.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -41,6 +72,16 @@ pub enum Format {
 pub struct Outcome {
     documents: Vec<(String, Result<Class, Faults>)>,
     unreadable: bool,
+}
+
+/// Runs the command.
+pub async fn command(options: Options) -> ExitCode {
+    let Options { files, publish, without_token, config, output } = options;
+    if let Some(document) = publish {
+        return publish::run(&document, config.as_deref(), without_token, output).await;
+    }
+    let outcome = run(&files);
+    exit::printed(outcome.print(&mut io::stdout().lock(), output), outcome.exit_code())
 }
 
 /// Reads all files; `-` is standard input.
@@ -270,20 +311,6 @@ fn paragraph(out: &mut impl Write, text: &str) -> io::Result<()> {
         line.extend(word);
     }
     writeln!(out, "{:indent$}{line}", "")
-}
-
-/// At most `room` characters: control characters escaped, the middle left out.
-fn shorten(text: &str, room: usize) -> String {
-    let mut clean: Vec<char> = Vec::new();
-    for c in text.chars() {
-        if c.is_control() { clean.extend(c.escape_default()) } else { clean.push(c) }
-    }
-    if clean.len() <= room {
-        return clean.into_iter().collect();
-    }
-    let head = room.saturating_sub(1).div_ceil(2);
-    let tail = room.saturating_sub(1) - head;
-    clean[..head].iter().chain(std::iter::once(&'…')).chain(&clean[clean.len() - tail..]).collect()
 }
 
 #[cfg(test)]

@@ -1,13 +1,17 @@
 //! `fuse-secrets doctor`: what this node gives, and what is lost without it. Facts are gathered from the kernel; the
 //! `Report` is judged from them alone, so that every verdict is tested with recorded facts.
 
+use std::borrow::Cow;
 use std::fmt;
-use std::io;
+use std::io::{self, Write as _};
+use std::process::ExitCode;
 
 use fuse_secrets_csi::wire::handover;
 use fuse_secrets_csi::wire::message::Handover;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
+use super::text::harmless;
+use super::{Print, exit};
 use crate::secret::harden::Swap;
 use crate::secret::pages::Backing;
 
@@ -28,7 +32,7 @@ Examples:
       fuse-secrets doctor -o json | jq '.checks[] | select(.verdict != \"good\")'";
 
 /// How a check came out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
     /// As it should be.
@@ -40,10 +44,10 @@ pub enum Verdict {
 }
 
 /// One line of the report.
-#[derive(Debug, PartialEq, Eq, Serialize)]
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Check {
     /// What was looked at.
-    pub check: &'static str,
+    pub check: Cow<'static, str>,
     /// How it came out.
     pub verdict: Verdict,
     /// What was found.
@@ -53,16 +57,38 @@ pub struct Check {
 }
 
 /// All checks, in the order in which a mount needs them.
-#[derive(Debug, PartialEq, Eq, Serialize)]
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
     /// The lines.
     pub checks: Vec<Check>,
 }
 
-/// Looks at this node.
+/// Arguments of `doctor`.
+#[derive(clap::Args)]
+#[command(after_long_help = HELP)]
+pub struct Options {
+    /// Judge for the agent with this process number: it mounts nothing itself, and its limits count
+    #[arg(long, value_name = "PID")]
+    agent_pid: Option<u32>,
+    /// How to print
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Print,
+}
+
+/// Runs the command.
+pub(super) fn run(options: &Options) -> ExitCode {
+    let report = report(options.agent_pid);
+    let text = match options.output {
+        Print::Table => report.to_string(),
+        Print::Json => format!("{:#}\n", serde_json::json!(report)),
+    };
+    exit::printed(io::stdout().lock().write_all(text.as_bytes()), report.exit_code())
+}
+
+/// Looks at this node: for this process, or for the agent with this process number.
 #[must_use]
-pub fn report() -> Report {
-    Facts::gather().judge()
+pub fn report(agent: Option<u32>) -> Report {
+    Facts::gather(agent).judge()
 }
 
 impl Report {
@@ -77,33 +103,37 @@ impl Report {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         table::row(f, ["CHECK", "", "FOUND", "WHAT IS LOST, AND THE REMEDY"])?;
-        for check in &self.checks {
-            let verdict = match check.verdict {
-                Verdict::Good => "good",
-                Verdict::Note => "note",
-                Verdict::Lost => "LOST",
-            };
-            table::row(f, [check.check, verdict, &check.found, &check.remedy])?;
-        }
-        Ok(())
+        self.checks.iter().try_for_each(|check| check.fmt(f))
+    }
+}
+
+/// Its row.
+impl fmt::Display for Check {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let verdict = match self.verdict {
+            Verdict::Good => "good",
+            Verdict::Note => "note",
+            Verdict::Lost => "LOST",
+        };
+        // Of other nodes it is what others wrote.
+        let [check, found, remedy] = [&*self.check, &self.found, &self.remedy].map(harmless);
+        table::row(f, [&check, verdict, &found, &remedy])
     }
 }
 
 impl Facts {
     fn judge(&self) -> Report {
-        Report {
-            checks: vec![
-                self.kernel(),
-                self.fuse(),
-                self.mounting(),
-                self.other_users(),
-                self.secret_memory(),
-                self.locked_memory(),
-                self.swap(),
-                self.hand_over(),
-                self.request_timeout(),
-            ],
-        }
+        let mounting = [self.fuse(), self.mounting(), self.other_users()];
+        let serving = [
+            self.secret_memory(),
+            self.locked_memory(),
+            self.swap(),
+            self.hand_over(),
+            self.request_timeout(),
+        ];
+        // The shim mounts for an agent.
+        let mounting = mounting.into_iter().filter(|_| !self.agent);
+        Report { checks: std::iter::once(self.kernel()).chain(mounting).chain(serving).collect() }
     }
 
     fn kernel(&self) -> Check {
@@ -242,15 +272,15 @@ impl Facts {
 }
 
 impl Check {
-    fn of(check: &'static str, found: impl Into<String>) -> Self {
-        Self { check, verdict: Verdict::Good, found: found.into(), remedy: String::new() }
+    pub(super) fn of(check: impl Into<Cow<'static, str>>, found: impl Into<String>) -> Self {
+        Self { check: check.into(), verdict: Verdict::Good, found: found.into(), remedy: String::new() }
     }
 
-    fn note(self, remedy: impl Into<String>) -> Self {
+    pub(super) fn note(self, remedy: impl Into<String>) -> Self {
         Self { verdict: Verdict::Note, remedy: remedy.into(), ..self }
     }
 
-    fn lost(self, remedy: impl Into<String>) -> Self {
+    pub(super) fn lost(self, remedy: impl Into<String>) -> Self {
         Self { verdict: Verdict::Lost, remedy: remedy.into(), ..self }
     }
 }
@@ -272,6 +302,7 @@ mod tests {
     /// A node with everything, as an ordinary user of it sees it.
     fn facts() -> Facts {
         Facts {
+            agent: false,
             release: "6.18.44-1-generic".to_owned(),
             root: false,
             fuse_device: Ok(()),
@@ -357,6 +388,16 @@ mod tests {
     }
 
     #[test]
+    fn an_agent_is_not_judged_by_what_only_who_mounts_needs() {
+        let mut facts = facts();
+        facts.agent = true;
+        (facts.fuse_device, facts.fusermount) = (Err(io::ErrorKind::NotFound.into()), None);
+        let report = facts.judge();
+        assert_eq!(report.exit_code(), 0, "{report}");
+        assert_eq!(report.checks.len(), 6);
+    }
+
+    #[test]
     fn swap_is_no_loss_where_the_whole_process_can_be_locked() {
         let mut facts = facts();
         facts.swap = Ok(Swap::On);
@@ -380,7 +421,7 @@ mod tests {
 
     #[test]
     fn this_node_can_be_looked_at() {
-        let report = report();
+        let report = report(None);
         println!("{report}");
         let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
         assert_eq!(report.checks[0].found, release.trim());

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use crate::agent::{ServeError, StartError};
 use crate::cache::CacheError;
+use crate::node::refusal::Code;
 use crate::store::ErrorKind;
 use crate::volume::snapshot::WriteError;
 use crate::volume::{BuildError, PublishError};
@@ -20,7 +21,7 @@ pub const USAGE: u8 = 64;
 pub const DATA: u8 = 65;
 /// `EX_NOINPUT`: a file that was named cannot be read.
 pub const NO_INPUT: u8 = 66;
-/// `EX_UNAVAILABLE`: the store cannot be reached, or does not answer.
+/// `EX_UNAVAILABLE`: the store or the API server cannot be reached, or does not answer.
 pub const UNAVAILABLE: u8 = 69;
 /// `EX_SOFTWARE`: a fault of this program.
 pub const SOFTWARE: u8 = 70;
@@ -28,7 +29,7 @@ pub const SOFTWARE: u8 = 70;
 pub const CANNOT_MOUNT: u8 = 73;
 /// `EX_TEMPFAIL`: a limit of memory or of the cache is reached.
 pub const LIMIT: u8 = 75;
-/// `EX_NOPERM`: the store refused.
+/// `EX_NOPERM`: the store or the API server refused.
 pub const REFUSED: u8 = 77;
 
 /// Prints a line to standard error. Nobody can be told that standard error is closed.
@@ -58,6 +59,18 @@ pub fn printed(result: io::Result<()>, code: u8) -> ExitCode {
     match result {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => report(FAILED, &error),
         _ => ExitCode::from(code),
+    }
+}
+
+/// The code for a publish that is refused.
+#[must_use]
+pub fn refusal(code: Code) -> u8 {
+    match code {
+        Code::InvalidArgument | Code::NotFound | Code::FailedPrecondition => DATA,
+        Code::PermissionDenied => REFUSED,
+        Code::ResourceExhausted => LIMIT,
+        Code::Unavailable | Code::DeadlineExceeded => UNAVAILABLE,
+        Code::Internal => SOFTWARE,
     }
 }
 

@@ -10,7 +10,7 @@ use clap::{Args, ValueEnum};
 use super::exit;
 use super::observe::{self, Shim};
 use super::serving::locate;
-use super::text::{harmless, wrap};
+use super::text::{columns, harmless, middle, wrap};
 use crate::agent::admin::{Question, Reply, ask_all};
 use crate::agent::status::{FileStatus, MountDetail, MountStatus};
 use crate::fuse::mount::points;
@@ -105,7 +105,7 @@ pub async fn run(options: Options) -> ExitCode {
         };
     }
     let (mounts, code) = list().await;
-    let printed = print_mounts(&mut io::stdout().lock(), &mounts, options.output, now);
+    let printed = print_mounts(&mut io::stdout().lock(), &mounts, options.output, columns(), now);
     // A dead mount, another user's, or that of an agent that hangs.
     let served = |point: &PathBuf| mounts.iter().any(|mount| Path::new(&mount.path) == point);
     let strange: Vec<_> = points().unwrap_or_default().into_iter().filter(|point| !served(point)).collect();
@@ -134,14 +134,14 @@ async fn ask(question: &Question, mut take: impl FnMut(&Path, Reply)) -> u8 {
 }
 
 async fn list() -> (Vec<MountStatus>, u8) {
-    let mut mounts = Vec::new();
+    let mut mounts: Vec<MountStatus> = Vec::new();
     let take = |_: &Path, reply| {
         if let Reply::Mounts(more) = reply {
             mounts.extend(more);
         }
     };
     let code = ask(&Question::Mounts, take).await;
-    mounts.sort_by(|a: &MountStatus, b| a.path.cmp(&b.path));
+    mounts.sort_by(by_pod);
     (mounts, code)
 }
 
@@ -214,6 +214,7 @@ fn print_mounts(
     out: &mut impl Write,
     mounts: &[MountStatus],
     output: Output,
+    columns: usize,
     now: SystemTime,
 ) -> io::Result<()> {
     if output == Output::Json {
@@ -223,74 +224,114 @@ fn print_mounts(
     if mounts.is_empty() {
         return writeln!(out, "nothing is mounted (start with: fuse-secrets dev)");
     }
-    let wide = output == Output::Wide;
-    let mut table = Table::new(if wide {
-        &[
-            "PATH",
-            "NAMESPACE",
-            "POD",
-            "ACCOUNT",
-            "CLASS",
-            "STORE",
-            "FILES",
-            "GEN",
-            "STATE",
-            "SINCE",
-            "REFRESHED",
-            "OPENS",
-            "READS",
-            "MOUNTED",
-            "AGENT",
-            "LAST ERROR",
-        ]
+    if output == Output::Wide {
+        let mut table = Table::new(PODS_WIDE);
+        mounts.iter().for_each(|mount| table.row(wide_row(mount, now)));
+        table.print(out, usize::MAX)?;
+    } else if mounts.iter().any(|mount| mount.pod.is_some()) {
+        let mut table = Table::new(&["POD", "CLASS", "FILES", "GEN", "STATE", "REFRESHED", "OPENS"]);
+        mounts.iter().for_each(|mount| table.row(pod_row(mount, now)));
+        table.print_fitted(out, columns, &[(1, 12), (0, 8)])?;
     } else {
-        &["PATH", "CLASS", "FILES", "GEN", "STATE", "REFRESHED", "OPENS"]
-    });
-    let or_dash = |text: &Option<String>| text.clone().unwrap_or_else(|| "-".to_owned());
-    let ago = |time: &Option<String>| time.as_deref().map_or_else(|| "-".to_owned(), |time| ago(time, now));
-    for mount in mounts {
-        let (files, generation, opens) =
-            (mount.files.to_string(), mount.generation.to_string(), mount.opens.to_string());
-        table.row(if wide {
-            vec![
-                mount.path.clone(),
-                or_dash(&mount.namespace),
-                or_dash(&mount.pod),
-                or_dash(&mount.service_account),
-                mount.class.clone(),
-                mount.store.clone(),
-                files,
-                generation,
-                mount.state.clone(),
-                ago(&mount.stale_since),
-                ago(&mount.refreshed),
-                opens,
-                mount.reads.to_string(),
-                ago(&Some(mount.mounted.clone())),
-                mount.agent.to_string(),
-                or_dash(&mount.last_error),
-            ]
-        } else {
+        let mut table = Table::new(&["PATH", "CLASS", "FILES", "GEN", "STATE", "REFRESHED", "OPENS"]);
+        for mount in mounts {
+            let mut row = pod_row(mount, now);
             // The end of a mount point tells more than its beginning.
-            vec![
-                shorten(&mount.path, PATH_COLUMNS),
-                shorten(&mount.class, 16),
-                files,
-                generation,
-                mount.state.clone(),
-                ago(&mount.refreshed),
-                opens,
-            ]
-        });
+            row[0] = shorten(&mount.path, PATH_COLUMNS);
+            row[1] = shorten(&mount.class, 16);
+            table.row(row);
+        }
+        table.print(out, COLUMNS)?;
     }
-    table.print(out, if wide { usize::MAX } else { COLUMNS })?;
-    let count = |state: &str| mounts.iter().filter(|mount| mount.state == state).count();
-    let (stale, gone) = (count("stale"), count("gone"));
-    if mounts.len() > 1 || stale + gone > 0 {
-        let noun = if mounts.len() == 1 { "mount" } else { "mounts" };
-        writeln!(out, "{} {noun}, {stale} stale, {gone} gone", mounts.len())?;
+    if mounts.len() > 1 || mounts.iter().any(|mount| mount.state != "fresh") {
+        writeln!(out, "{}", sum(mounts))?;
     }
     Ok(())
+}
+
+/// The columns of [`wide_row`].
+pub(super) const PODS_WIDE: &[&str] = &[
+    "PATH",
+    "NAMESPACE",
+    "POD",
+    "ACCOUNT",
+    "CLASS",
+    "STORE",
+    "FILES",
+    "GEN",
+    "STATE",
+    "SINCE",
+    "REFRESHED",
+    "OPENS",
+    "READS",
+    "MOUNTED",
+    "AGENT",
+    "LAST ERROR",
+];
+
+/// Everything of a mount.
+pub(super) fn wide_row(mount: &MountStatus, now: SystemTime) -> Vec<String> {
+    let or_dash = |text: &Option<String>| text.clone().unwrap_or_else(|| "-".to_owned());
+    vec![
+        mount.path.clone(),
+        or_dash(&mount.namespace),
+        or_dash(&mount.pod),
+        or_dash(&mount.service_account),
+        mount.class.clone(),
+        mount.store.clone(),
+        mount.files.to_string(),
+        mount.generation.to_string(),
+        mount.state.clone(),
+        since(&mount.stale_since, now),
+        since(&mount.refreshed, now),
+        mount.opens.to_string(),
+        mount.reads.to_string(),
+        ago(&mount.mounted, now),
+        mount.agent.to_string(),
+        or_dash(&mount.last_error),
+    ]
+}
+
+/// What of a mount fits 80 columns: `namespace/pod`, class, files, generation, state, refreshed, opens.
+pub(super) fn pod_row(mount: &MountStatus, now: SystemTime) -> Vec<String> {
+    let (class, pod) = match (&mount.namespace, &mount.pod) {
+        // A pod's class is one of its own namespace.
+        (Some(namespace), Some(pod)) => {
+            let class = mount.class.strip_prefix(namespace).and_then(|rest| rest.strip_prefix('/'));
+            (class.unwrap_or(&mount.class), format!("{namespace}/{pod}"))
+        }
+        _ => (mount.class.as_str(), mount.path.clone()),
+    };
+    vec![
+        pod,
+        class.to_owned(),
+        mount.files.to_string(),
+        mount.generation.to_string(),
+        mount.state.clone(),
+        since(&mount.refreshed, now),
+        mount.opens.to_string(),
+    ]
+}
+
+/// By pod, those without one first, each by mount point.
+pub(super) fn by_pod(a: &MountStatus, b: &MountStatus) -> std::cmp::Ordering {
+    (&a.namespace, &a.pod, &a.path).cmp(&(&b.namespace, &b.pod, &b.path))
+}
+
+/// The line below the table.
+pub(super) fn sum<'a>(mounts: impl IntoIterator<Item = &'a MountStatus>) -> String {
+    let (mut all, mut stale, mut gone) = (0, 0, 0);
+    for mount in mounts {
+        all += 1;
+        stale += usize::from(mount.state == "stale");
+        gone += usize::from(mount.state == "gone");
+    }
+    let noun = if all == 1 { "mount" } else { "mounts" };
+    format!("{all} {noun}, {stale} stale, {gone} gone")
+}
+
+fn since(time: &Option<String>, now: SystemTime) -> String {
+    time.as_deref().map_or_else(|| "-".to_owned(), |time| ago(time, now))
 }
 
 fn print_detail(
@@ -374,13 +415,30 @@ impl Table {
     }
 
     pub(super) fn print(&self, out: &mut impl Write, columns: usize) -> io::Result<()> {
+        self.print_fitted(out, columns, &[])
+    }
+
+    /// The same, with cells of the elastic columns, given with what they keep, cut in the middle until the lines fit. The first gives
+    /// first.
+    pub(super) fn print_fitted(
+        &self,
+        out: &mut impl Write,
+        columns: usize,
+        elastic: &[(usize, usize)],
+    ) -> io::Result<()> {
         let all = || std::iter::once(&self.head).chain(&self.rows);
-        let widths: Vec<usize> = (0..self.head.len())
+        let natural = (0..self.head.len())
             .map(|column| all().map(|row| row[column].chars().count()).max().unwrap_or(0))
             .collect();
+        let widths = fit(natural, columns, elastic);
         for row in all() {
             let mut line = String::new();
-            for (cell, width) in row.iter().zip(&widths) {
+            for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
+                let cell = if elastic.iter().any(|(at, _)| *at == column) {
+                    middle(cell, *width)
+                } else {
+                    cell.clone()
+                };
                 line.push_str(&format!("{cell:<width$}  "));
             }
             let line = line.trim_end();
@@ -393,6 +451,15 @@ impl Table {
         }
         Ok(())
     }
+}
+
+/// Widths that add up to `columns`: the elastic columns give, one after the other, each down to what it keeps.
+fn fit(mut widths: Vec<usize>, columns: usize, elastic: &[(usize, usize)]) -> Vec<usize> {
+    for &(at, least) in elastic {
+        let whole = widths.iter().sum::<usize>() + 2 * widths.len().saturating_sub(1);
+        widths[at] = widths[at].saturating_sub(whole.saturating_sub(columns)).max(least.min(widths[at]));
+    }
+    widths
 }
 
 /// Cuts in the front, which tells least.
@@ -431,17 +498,17 @@ fn span(seconds: u64) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn mount(number: usize) -> MountStatus {
+    pub(in crate::cli) fn mount(number: usize) -> MountStatus {
         MountStatus {
             path: format!(
                 "/var/lib/kubelet/pods/9c1b2f0e-0000-4000-8000-{number:012}/volumes/kubernetes.io~csi/secrets/mount"
             ),
             agent: 4_321,
             class: "payments/orders-database-credentials".into(),
-            pod: Some("orders-0".into()),
+            pod: Some(format!("orders-database-6f7c9d8b5-{number:05}")),
             namespace: Some("payments".into()),
             service_account: Some("orders".into()),
             store: "https://vault.example:8200".into(),
@@ -460,7 +527,7 @@ mod tests {
     fn printed(mounts: &[MountStatus], output: Output) -> String {
         let now = humantime::parse_rfc3339("2026-01-01T00:00:42Z").unwrap();
         let mut text = Vec::new();
-        print_mounts(&mut text, mounts, output, now).unwrap();
+        print_mounts(&mut text, mounts, output, COLUMNS, now).unwrap();
         String::from_utf8(text).unwrap()
     }
 
@@ -470,18 +537,23 @@ mod tests {
         let text = printed(&mounts, Output::Table);
         assert_eq!(text.lines().count(), 502);
         assert!(text.lines().all(|line| line.chars().count() <= COLUMNS), "{text}");
-        assert!(
-            text.lines().nth(1).unwrap().contains("/volumes/kubernetes.io~csi/secrets/mount".split_at(8).1),
-            "{text}"
-        );
+        assert!(text.lines().nth(1).unwrap().starts_with("payments/orders-"), "{text}");
         assert_eq!(text.lines().last(), Some("500 mounts, 1 stale, 0 gone"));
+    }
+
+    #[test]
+    fn mounts_without_a_pod_are_told_by_the_end_of_their_path() {
+        let mut local = mount(1);
+        (local.pod, local.namespace) = (None, None);
+        let text = printed(&[local], Output::Table);
+        assert!(text.starts_with("PATH ") && text.contains("kubernetes.io~csi/secrets/mount"), "{text}");
+        assert!(text.lines().all(|line| line.chars().count() <= COLUMNS), "{text}");
     }
 
     #[test]
     fn wide_shows_everything_and_json_can_be_read_back() {
         let wide = printed(&[mount(7)], Output::Wide);
-        for part in ["payments", "orders-0", "https://vault.example:8200", "stale", "42s", "2345678", "4321"]
-        {
+        for part in ["payments", "-00007", "https://vault.example:8200", "stale", "42s", "2345678", "4321"] {
             assert!(wide.contains(part), "{part} is missing: {wide}");
         }
         let back: Vec<MountStatus> = serde_json::from_str(&printed(&[mount(7)], Output::Json)).unwrap();

@@ -26,6 +26,28 @@ pub(super) fn harmless(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
 }
 
+/// Columns of the terminal, for tables that can use more than 80; 80 where there is none.
+pub(super) fn columns() -> usize {
+    /// Eyes find no row in a wider one.
+    const MOST: usize = 200;
+    let size = rustix::termios::tcgetwinsize(std::io::stdout());
+    size.map_or(80, |size| usize::from(size.ws_col).clamp(80, MOST))
+}
+
+/// At most `room` characters: control characters escaped, the middle left out.
+pub(super) fn middle(text: &str, room: usize) -> String {
+    let mut clean: Vec<char> = Vec::new();
+    for c in text.chars() {
+        if c.is_control() { clean.extend(c.escape_default()) } else { clean.push(c) }
+    }
+    if clean.len() <= room {
+        return clean.into_iter().collect();
+    }
+    let head = room.saturating_sub(1).div_ceil(2);
+    let tail = room.saturating_sub(1) - head;
+    clean[..head].iter().chain(std::iter::once(&'…')).chain(&clean[clean.len() - tail..]).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

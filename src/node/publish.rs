@@ -21,7 +21,7 @@ use crate::config::fault::Broken;
 use crate::config::settings::Settings;
 use crate::config::{AgentConfig, UnknownAttributes, text};
 use crate::kubernetes::token::Claims;
-use crate::reference::{Subject, VolumeSpec};
+use crate::reference::{Identity, Subject, VolumeSpec};
 use crate::secret::Token;
 use crate::volume::Pod;
 
@@ -50,33 +50,114 @@ pub struct Resolved {
     pub warnings: Vec<String>,
 }
 
+/// A stretch of the way that `resolve` has left behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// The attributes name one class.
+    Attributes,
+    /// Who the pod is.
+    Pod,
+    /// The class is there and good.
+    Class,
+    /// The class says nothing that the operator keeps from its namespace.
+    Policy,
+    /// kubelet sent a token for the class's audience.
+    Token,
+    /// The token is one of the pod's service account.
+    Account,
+    /// Class and configuration say together all that a login needs.
+    Settings,
+}
+
+/// Who hears of each step that went well, with what was found: `check --publish`.
+pub type Tell<'a> = &'a mut dyn FnMut(Step, String);
+
 /// Reads the class, and picks the token. May block.
 ///
 /// # Errors
 /// [`Refusal`]
 pub fn resolve(publish: Publish, classes: &dyn Classes, config: &AgentConfig) -> Result<Resolved, Refusal> {
-    let Publish { pod, attributes, mut tokens, secret_ref, .. } = publish;
-    let (kind, name, mut warnings) = which(&attributes, config.unknown_attributes)?;
-    if secret_ref {
+    resolve_told(publish, classes, config, &mut |_, _| ())
+}
+
+/// The same, and tells of each step.
+///
+/// # Errors
+/// [`Refusal`]
+pub fn resolve_told(
+    mut publish: Publish,
+    classes: &dyn Classes,
+    config: &AgentConfig,
+    tell: Tell<'_>,
+) -> Result<Resolved, Refusal> {
+    let (mut class, pod, warnings) = begin(&publish, classes, config, tell)?;
+    let asked = class.settings.login.audience.take().or_else(|| config.under.login.audience.clone());
+    let (audience, token) = pick(&mut publish.tokens, asked.as_deref())?;
+    tell(Step::Token, format!("for audience {audience:?}"));
+    let uid = account(&token, &audience, &pod)?;
+    tell(Step::Account, format!("{}/{}, uid {uid}", pod.namespace, pod.service_account));
+    // So that a refused login names it, and a newer token is picked alike.
+    class.settings.login.audience = Some(audience).filter(|audience| !audience.is_empty());
+    let spec = settle(class, config, &pod, uid, tell)?;
+    Ok(Resolved { spec, pod, token, warnings })
+}
+
+/// As far as one gets without a token: what would be asked of the store. Nothing may be asked with it.
+///
+/// # Errors
+/// [`Refusal`]
+pub fn resolve_without_token(
+    publish: &Publish,
+    classes: &dyn Classes,
+    config: &AgentConfig,
+    tell: Tell<'_>,
+) -> Result<(VolumeSpec, Vec<String>), Refusal> {
+    let (class, pod, warnings) = begin(publish, classes, config, tell)?;
+    Ok((settle(class, config, &pod, String::new(), tell)?, warnings))
+}
+
+/// What needs no token: which class, and whose.
+fn begin(
+    publish: &Publish,
+    classes: &dyn Classes,
+    config: &AgentConfig,
+    tell: Tell<'_>,
+) -> Result<(Class, Pod, Vec<String>), Refusal> {
+    let (kind, name, mut warnings) = which(&publish.attributes, config.unknown_attributes)?;
+    tell(Step::Attributes, format!("{kind} {name}"));
+    if publish.secret_ref {
         warnings.push(SECRET_REF.to_owned());
     }
-    let pod = context(&pod)?;
-    let mut class = find(classes, kind, &pod.namespace, &name)?;
+    let pod = context(&publish.pod)?;
+    tell(Step::Pod, format!("{}/{}, service account {}", pod.namespace, pod.name, pod.service_account));
+    let class = find(classes, kind, &pod.namespace, &name)?;
+    let noun = if class.files.len() == 1 { "file" } else { "files" };
+    tell(Step::Class, format!("{} {noun}", class.files.len()));
     warnings
         .extend(class.warnings.iter().map(|warning| format!("{class}: {}: {}", warning.field, warning.text)));
     // Before a token is picked, and before anybody outside of this process hears of it.
     let allowed = config.policy.check(&class, &pod.namespace, &config.under);
     allowed.map_err(|faults| Refusal::new(Code::PermissionDenied, faults.to_string()))?;
-    let asked = class.settings.login.audience.take().or_else(|| config.under.login.audience.clone());
-    let (audience, token) = pick(&mut tokens, asked.as_deref())?;
-    let uid = account(&token, &audience, &pod)?;
-    // So that a refused login names it, and a newer token is picked alike.
-    class.settings.login.audience = Some(audience).filter(|audience| !audience.is_empty());
+    tell(Step::Policy, format!("the operator allows it to namespace {}", pod.namespace));
+    Ok((class, pod, warnings))
+}
+
+/// Class and configuration together.
+fn settle(
+    class: Class,
+    config: &AgentConfig,
+    pod: &Pod,
+    uid: String,
+    tell: Tell<'_>,
+) -> Result<VolumeSpec, Refusal> {
     let subject =
         Subject::ServiceAccount { namespace: pod.namespace.clone(), name: pod.service_account.clone(), uid };
     let spec = class.into_spec(&Settings::default(), &config.under, subject);
     let spec = spec.map_err(|faults| Refusal::new(Code::FailedPrecondition, faults.to_string()))?;
-    Ok(Resolved { spec, pod, token, warnings })
+    let Identity { connection, auth, .. } = &*spec.identity;
+    let address = connection.addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+    tell(Step::Settings, format!("{address}, role {} at auth/{}", auth.role, auth.mount));
+    Ok(spec)
 }
 
 /// The token for an audience; where none is asked for, the only one there is.

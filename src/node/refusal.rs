@@ -9,6 +9,7 @@ use fuse_secrets_csi::wire::message::Refused;
 use crate::agent::ServeError;
 use crate::cache::CacheError;
 use crate::class::FindError;
+use crate::kubernetes::issuer::Forged;
 use crate::metrics::{Metric, Metrics};
 use crate::store::ErrorKind;
 use crate::volume::snapshot::WriteError;
@@ -113,6 +114,15 @@ fn shorten(line: &str, room: usize) -> String {
         tail += 1;
     }
     format!("{}{GAP}{}", &line[..head], &line[tail..])
+}
+
+/// A token that is not what it is shown as.
+pub fn forged(audience: &str, forged: &Forged) -> Refusal {
+    let code = match forged {
+        Forged::Expired | Forged::Early => Code::FailedPrecondition,
+        _ => Code::PermissionDenied,
+    };
+    Refusal::new(code, format!("the token for audience {audience:?} {forged}"))
 }
 
 impl From<FindError> for Refusal {

@@ -23,7 +23,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::publish::{Resolved, kind, pick, resolve};
-use super::refusal::{Code, Refusal};
+use super::refusal::{Code, Refusal, forged};
 use super::{PATIENCE, attach_at_last, undone};
 use crate::agent::ServeError;
 use crate::agent::lent::{Estate, Keeper, Order};
@@ -31,7 +31,7 @@ use crate::class::Classes;
 use crate::config::AgentConfig;
 use crate::kubernetes::Cluster;
 use crate::kubernetes::events::Reason;
-use crate::kubernetes::issuer::{Forged, Verdict};
+use crate::kubernetes::issuer::Verdict;
 use crate::kubernetes::token::Claims;
 use crate::metrics::Metrics;
 use crate::reference::VolumeId;
@@ -45,7 +45,7 @@ const OFFERS: usize = 16;
 /// How often a worker that does not feel well looks again; the shim's patience is 5 s.
 const UNWELL: Duration = Duration::from_millis(100);
 /// How long a volume waits for classes that are not known yet, as after the agent's start; kubelet asks again.
-const UNKNOWN: Duration = Duration::from_secs(10);
+pub const UNKNOWN: Duration = Duration::from_secs(10);
 
 /// What the protocol asks of the agent. The agent itself, and scripts in tests.
 pub trait Volumes: Send + Sync + 'static {
@@ -360,13 +360,9 @@ impl<V: Volumes> Worker<V> {
         match cluster.issuer.verify(token, audience).await {
             Ok(Verdict::Signed) => Ok(Trust::Proven),
             Ok(Verdict::Unknown) => Ok(Trust::Login),
-            Err(forged) => {
+            Err(why) => {
                 self.attachment.metrics.tokens_refused_publish.increment();
-                let code = match forged {
-                    Forged::Expired | Forged::Early => Code::FailedPrecondition,
-                    _ => Code::PermissionDenied,
-                };
-                Err(Refusal::new(code, format!("the token for audience {audience:?} {forged}")))
+                Err(forged(audience, &why))
             }
         }
     }

@@ -35,6 +35,16 @@ impl Locked {
         })
     }
 
+    /// The same of another process, whose capabilities do not count: of an agent, which has none.
+    ///
+    /// # Errors
+    /// There is no such process.
+    pub fn read_of(pid: u32) -> io::Result<Self> {
+        let read = |file: &str| std::fs::read_to_string(format!("/proc/{pid}/{file}"));
+        let [soft, hard] = limits(&read("limits")?).ok_or(io::ErrorKind::InvalidData)?;
+        Ok(Self { soft, hard, held: held(&read("status")?), exempt: false })
+    }
+
     /// Raises the soft limit to the hard one, which needs no privilege, and reads what came of it.
     ///
     /// # Errors
@@ -62,6 +72,16 @@ fn held(status: &str) -> u64 {
     kilobytes.map_or(0, |kb: u64| kb << 10)
 }
 
+/// Soft and hard limit out of the line `Max locked memory  65536  8388608  bytes` in `/proc/<pid>/limits`.
+fn limits(text: &str) -> Option<[Option<u64>; 2]> {
+    let rest = text.lines().find_map(|line| line.strip_prefix("Max locked memory"))?;
+    let mut numbers = rest.split_whitespace().map(|word| match word {
+        "unlimited" => Some(None),
+        number => number.parse().ok().map(Some),
+    });
+    Some([numbers.next()??, numbers.next()??])
+}
+
 /// Whether `/proc/<pid>/uid_map` is the one of the initial user namespace: a capability counts for memory only there.
 fn is_initial_namespace(uid_map: &str) -> bool {
     uid_map.split_whitespace().eq(["0", "0", "4294967295"])
@@ -75,6 +95,15 @@ mod tests {
     fn what_is_held_is_read_from_the_status_text() {
         assert_eq!(held("VmPin:\t       0 kB\nVmLck:\t      36 kB\nVmHWM:\t    9000 kB\n"), 36 << 10);
         assert_eq!(held("Kthread:\t1\n"), 0);
+    }
+
+    #[test]
+    fn limits_of_another_process_are_those_that_it_has() {
+        let text = "Limit  Soft Limit  Hard Limit  Units\nMax locked memory         65536                unlimited            bytes\n";
+        assert_eq!(limits(text), Some([Some(65_536), None]));
+        assert_eq!(limits("Max locked memory  x"), None);
+        let (own, read) = (Locked::read().unwrap(), Locked::read_of(std::process::id()).unwrap());
+        assert_eq!((own.soft, own.hard), (read.soft, read.hard));
     }
 
     #[test]

@@ -12,3 +12,5 @@ mod forged;
 mod reading;
 /// Why pods wait.
 mod refusals;
+/// `kubectl fuse-secrets`.
+mod plugin;

@@ -32,6 +32,8 @@ mod hostile;
 mod leaks;
 /// Who is on the node socket, and is not an agent.
 mod peers;
+/// `kubectl fuse-secrets`, with a stand-in for kubectl.
+mod plugin;
 /// Why a pod has no volume, as its owner reads it.
 mod refusals;
 /// Kubernetes' own programs.

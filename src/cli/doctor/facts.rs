@@ -11,6 +11,8 @@ use crate::secret::pages::{Backing, MemoryError, SecretMemory};
 
 /// What is asked of one node: raw, as the kernel says it.
 pub(super) struct Facts {
+    /// For an agent is asked, who mounts nothing.
+    pub(super) agent: bool,
     /// `uname -r`.
     pub(super) release: String,
     pub(super) root: bool,
@@ -36,18 +38,20 @@ pub(super) struct Fusermount {
 }
 
 impl Facts {
-    pub(super) fn gather() -> Self {
+    /// For this process, or for the agent with this process number.
+    pub(super) fn gather(agent: Option<u32>) -> Self {
         let text = |path: &str| fs::read_to_string(path).unwrap_or_default();
         // Before 6.15 the kernel has no such timeouts.
         let seconds = |name: &str| text(&format!("/proc/sys/fs/fuse/{name}")).trim().parse().unwrap_or(0);
         // Read before secret memory is tried, which raises the soft limit.
-        let locked = Locked::read();
+        let locked = agent.map_or_else(Locked::read, |pid| Locked::read_of(worker(pid)));
         let backing = SecretMemory::new().map(|memory| memory.backing()).map_err(|error| match error {
             MemoryError::Kernel(source) => source.to_string(),
             full @ MemoryError::Full { .. } => full.to_string(),
         });
         let device = OpenOptions::new().read(true).write(true).open("/dev/fuse");
         Self {
+            agent: agent.is_some(),
             release: text("/proc/sys/kernel/osrelease").trim().to_owned(),
             root: rustix::process::geteuid().is_root(),
             fuse_device: device.map(|_: File| ()),
@@ -60,6 +64,12 @@ impl Facts {
             request_timeouts: ["default_request_timeout", "max_request_timeout"].map(seconds),
         }
     }
+}
+
+/// The process that serves: the agent's child, where there is one.
+fn worker(agent: u32) -> u32 {
+    let children = fs::read_to_string(format!("/proc/{agent}/task/{agent}/children")).unwrap_or_default();
+    children.split_whitespace().find_map(|pid| pid.parse().ok()).unwrap_or(agent)
 }
 
 impl Fusermount {
