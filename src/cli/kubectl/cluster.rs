@@ -22,9 +22,12 @@ pub(super) struct Facts {
     /// In the order of [`DEFINITIONS`].
     pub(super) definitions: [Asked<Option<Definition>>; 2],
     /// The agents' and the shims'.
-    pub(super) sets: [(&'static str, Asked<Option<DaemonSet>>, Asked<List<Pod>>); 2],
+    pub(super) sets: [Set; 2],
     pub(super) csi_nodes: Asked<List<CsiNode>>,
 }
+
+/// What it is called, the daemon set, its pods.
+pub(super) type Set = (&'static str, Asked<Option<DaemonSet>>, Asked<List<Pod>>);
 
 /// What the API server said, or why it did not.
 pub(super) type Asked<T> = Result<T, String>;
