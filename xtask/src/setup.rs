@@ -17,7 +17,7 @@ use crate::command::{self, Error};
 pub(crate) struct Args {
     /// Only look, install nothing
     #[arg(long)]
-    check: bool,
+    pub(crate) check: bool,
 }
 
 /// The lowest Go that the programs of the tests build with.

@@ -76,13 +76,9 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, Error> {
     let lacking =
         |name: &str| setup::NEEDS.iter().find(|need| need.name == name).and_then(setup::Need::lacking);
 
-    report.step("setup: what this machine lacks", |_| {
-        for need in &setup::NEEDS {
-            if let Some(why) = need.lacking() {
-                println!("{}: {why}", need.name);
-            }
-        }
-        Ok(())
+    // What stays missing is told again by whatever cannot run without it.
+    report.step("setup: what this machine lacks, installed where it may be", |_| {
+        setup::run(&setup::Args { check: false }).map(drop)
     });
     if wanted(Step::Fmt) {
         report.step("fmt: source is formatted", |_| {
