@@ -22,7 +22,8 @@ kubernetes)
 		audience=vault token_policies=app token_ttl=1h
 	;;
 jwt)
-	# The issuer's keys are public, but most API servers show them to service accounts only: let the store read them.
+	# The issuer's keys are public, but most API servers show them to service accounts only: let the store read them. One that answers
+	# nobody without a token (--anonymous-auth=false) cannot: write its public keys as jwt_validation_pubkeys, instead of jwks_url.
 	kubectl get clusterrolebinding fuse-secrets-public-keys >/dev/null 2>&1 || kubectl create clusterrolebinding fuse-secrets-public-keys \
 		--clusterrole=system:service-account-issuer-discovery --group=system:unauthenticated
 	vault write auth/jwt/config jwks_url="$server/openid/v1/jwks" jwks_ca_pem="$ca"
