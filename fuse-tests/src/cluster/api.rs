@@ -51,11 +51,9 @@ impl Cluster {
     /// A page of something in the cluster's network; `None`: no answer.
     #[must_use]
     pub fn page(&self, url: &str) -> Option<String> {
-        let asked = self.api.http.get(url).send();
-        self.api
-            .runtime
-            .block_on(self.api.runtime.spawn(async { asked.await.ok()?.text().await.ok() }))
-            .unwrap()
+        let request = self.api.http.get(url);
+        let asked = self.api.runtime.spawn(async { request.send().await.ok()?.text().await.ok() });
+        self.api.runtime.block_on(asked).unwrap()
     }
 
     /// Asks the API server: status and answer. `path` begins with `api/v1` or `apis/`; `PATCH` is a merge patch.

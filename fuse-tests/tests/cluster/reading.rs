@@ -47,7 +47,7 @@ fn a_pod_reads_its_secret_as_root() {
     let uid = tenant.run(&tenant.reader("reads", "app"));
     assert_eq!(tenant.sh("reads", "cat /mnt/secrets/password"), VALUE);
     assert_eq!(tenant.sh("reads", "cat /mnt/secrets/user"), "shop");
-    assert_eq!(tenant.sh("reads", "ls -a /mnt/secrets"), ".\n..\npassword\nuser\n");
+    assert_eq!(tenant.sh("reads", "ls -a /mnt/secrets"), ".\n..\n..1\n..data\npassword\nuser\n");
     assert_eq!(owners(&tenant, "reads"), "0 0 444 15 password\n0 0 444 4 user\n");
     assert_eq!(tenant.sh("reads", "stat -c '%F' /mnt/secrets/password"), "regular file\n");
     assert_eq!(cluster.mounts_of(&uid), 1);
