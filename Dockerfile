@@ -1,35 +1,35 @@
-# The program `fuse-secrets` alone in an empty image: no shell, no libc, no embedded store. The shim is not in it.
+# Two images, each one program alone: no shell, no libc, no embedded store.
 #
-#   docker build --target agent -t fuse-secrets .
-#   docker run --rm fuse-secrets doctor
-#   docker run --rm -i fuse-secrets check - < class.yaml
+#   docker build --target agent -t REGISTRY/fuse-secrets-agent:0.1.0 .
+#   docker build --target shim  -t REGISTRY/fuse-secrets-csi:0.1.0 .
 #
-# Mounting from a container needs what mounting needs anywhere, and a directory through which the mount reaches others:
-#
-#   docker run --rm --user 0 --cap-add SYS_ADMIN --device /dev/fuse --security-opt apparmor=unconfined \
-#     --ulimit memlock=67108864 --mount type=bind,source=/srv/app,target=/srv/app,bind-propagation=shared \
-#     -v /etc/fuse-secrets:/etc/fuse-secrets:ro fuse-secrets mount \
-#     --config /etc/fuse-secrets/mount.yaml --class /etc/fuse-secrets/class.yaml \
-#     --token-file /etc/fuse-secrets/token /srv/app/secrets
+# `cargo xtask images` makes the same two without a container engine; the tests run those.
 
-# `cargo xtask test` checks the program with these features on the machine it runs on; it does not build this image.
-
-# musl: the only libc that still resolves host names when it is linked statically.
-FROM rust:1.95-alpine AS build
-# A C compiler for the TLS library aws-lc, and the public CAs for stores without one of their own.
-RUN apk add --no-cache build-base ca-certificates
+# The GNU libc, linked statically: it still resolves names in an empty image, and its allocator is the one that memory was measured with.
+FROM rust:1.95-bookworm AS build
+# A C compiler and CMake for the TLS library aws-lc, and the public CAs for stores without one of their own.
+RUN apt-get update && apt-get install -y --no-install-recommends cmake ca-certificates
 WORKDIR /src
 COPY . .
 # The image's own toolchain, which is the one that rust-toolchain.toml names.
-ENV RUSTUP_TOOLCHAIN=1.95.0
-RUN cargo build --release --locked --no-default-features --package fuse-secrets
-# The debug socket of root is made below /run, that of another user below /tmp.
-RUN install -D target/release/fuse-secrets /image/fuse-secrets \
-    && install -D -m 0644 /etc/ssl/certs/ca-certificates.crt /image/etc/ssl/certs/ca-certificates.crt \
-    && install -d -m 0755 /image/run && install -d -m 1777 /image/tmp
+ENV RUSTUP_TOOLCHAIN=1.95.0 RUSTFLAGS="-C target-feature=+crt-static"
+# With a target, so that the flags are not those of build scripts and macros.
+RUN target=$(rustc -vV | sed -n 's/^host: //p') \
+    && cargo build --release --locked --target "$target" --no-default-features --package fuse-secrets --bin fuse-secrets \
+    && cargo build --release --locked --target "$target" --package fuse-secrets-csi \
+    && install -D "target/$target/release/fuse-secrets" /agent/fuse-secrets \
+    && install -D "target/$target/release/fuse-secrets-csi" /shim/fuse-secrets-csi \
+    && install -D -m 0644 /etc/ssl/certs/ca-certificates.crt /agent/etc/ssl/certs/ca-certificates.crt \
+    && install -d -m 1777 /agent/tmp
 
+# Mounts, and keeps what is mounted. Root, because it mounts.
+FROM scratch AS shim
+COPY --from=build /shim/ /
+ENTRYPOINT ["/fuse-secrets-csi"]
+
+# Has the secrets, and no right.
 FROM scratch AS agent
-COPY --from=build /image/ /
+COPY --from=build /agent/ /
 # A number, so that `runAsNonRoot` can see that it is not root.
 USER 65532:65532
 ENTRYPOINT ["/fuse-secrets"]

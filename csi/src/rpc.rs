@@ -1,6 +1,7 @@
 //! What every gRPC server of the shim has in common: a socket of root's, callers of root's, and bounds.
 
 use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
 use std::time::Duration;
 
@@ -28,12 +29,15 @@ const LONGEST_CONNECTION: Duration = Duration::from_secs(300);
 pub(crate) type Answer<T> = Result<Response<T>, Status>;
 
 /// Listens at `path`, for root only. What a dead predecessor left there is replaced, in one step: nobody ever finds a socket
-/// with another mode, or none.
+/// with another mode, or none. A directory that is missing is made, for root only: kubelet makes none for a plugin's socket.
 ///
 /// # Errors
-/// The directory is missing or cannot be written, or the path is too long for a socket (107 bytes).
+/// The directory cannot be made or written, or the path is too long for a socket (107 bytes).
 pub fn listen(path: &Path) -> io::Result<UnixListener> {
-    let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
+    let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    std::fs::DirBuilder::new().mode(0o700).recursive(true).create(directory)?;
     // kubelet looks at every name in its directory that does not begin with a dot.
     let hidden = path.with_file_name(format!(".{}", name.display()));
     match std::fs::remove_file(&hidden) {

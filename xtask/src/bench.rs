@@ -84,6 +84,7 @@ pub(crate) fn built(profile: &[&str]) -> Result<PathBuf, Error> {
     Ok(target())
 }
 
-fn target() -> PathBuf {
+/// Cargo's directory.
+pub(crate) fn target() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| tools::root().join("target"), Into::into)
 }

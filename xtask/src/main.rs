@@ -10,6 +10,7 @@
 //! | `go.rs` | building what is written in Go |
 //! | `vault.rs` | how the real Vault server for the tests is built |
 //! | `sanity.rs` | which programs call the shim as Kubernetes does |
+//! | `images.rs` | what is in the driver's two images |
 //! | `oci.rs` | images of one layer |
 //! | `kubernetes.rs` | how the real Kubernetes for the tests is built, and the images of its pods |
 //! | `cluster.rs` | a cluster that stays for a person |
@@ -23,6 +24,7 @@ mod cluster;
 mod command;
 mod demo;
 mod go;
+mod images;
 mod kubernetes;
 mod oci;
 mod sanity;
@@ -50,6 +52,7 @@ enum Task {
     Bench(bench::Args),
     Cluster(cluster::Args),
     Demo(demo::Args),
+    Images(images::Args),
     Setup(setup::Args),
     Test(test::Args),
 }
@@ -59,6 +62,7 @@ fn main() -> ExitCode {
         Task::Bench(args) => bench::run(&args),
         Task::Cluster(args) => cluster::run(&args),
         Task::Demo(args) => demo::run(&args),
+        Task::Images(args) => images::run(&args),
         Task::Setup(args) => setup::run(&args),
         Task::Test(args) => test::run(&args),
     };
