@@ -43,6 +43,8 @@ pub mod certificates;
 pub mod components;
 /// The driver on the cluster.
 pub mod deploy;
+/// The driver's pods and processes.
+pub mod driver;
 /// The node's first process.
 pub mod init;
 /// kubectl.
@@ -53,6 +55,8 @@ pub mod pods;
 pub mod scratch;
 /// One cluster for many tests.
 pub mod shared;
+/// Secrets of which every read can be judged.
+pub mod stamped;
 /// Vault.
 pub mod store;
 /// A test's own namespace.
@@ -215,11 +219,15 @@ impl Cluster {
         for name in ["etcd", "containerd", "kube-apiserver"] {
             self.tell("start", name);
         }
-        self.until("containerd", || UnixStream::connect(self.root().join(&components::CONTAINERD[1..])).is_ok());
+        self.until("containerd", || {
+            UnixStream::connect(self.root().join(&components::CONTAINERD[1..])).is_ok()
+        });
         if first {
             self.import_images();
         }
-        self.until("the API server", || self.api.try_ask("GET", "readyz", None).is_some_and(|(status, _)| status == 200));
+        self.until("the API server", || {
+            self.api.try_ask("GET", "readyz", None).is_some_and(|(status, _)| status == 200)
+        });
         for name in ["kube-controller-manager", "kube-scheduler", "kubelet"] {
             self.tell("start", name);
         }
@@ -308,7 +316,9 @@ impl Cluster {
         children(self.node_pid()).into_iter().find(|pid| {
             let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             let mut words = line.split(|byte| *byte == 0).take(2);
-            words.any(|word| Path::new(&*String::from_utf8_lossy(word)).file_name().is_some_and(|file| file == name))
+            words.any(|word| {
+                Path::new(&*String::from_utf8_lossy(word)).file_name().is_some_and(|file| file == name)
+            })
         })
     }
 

@@ -61,7 +61,8 @@ fn up() -> Result<ExitCode, Error> {
     let programs = kubernetes::programs()?;
     let images = tools::images();
     kubernetes::images(&images)?;
-    let vault = std::env::var_os("FUSE_SECRETS_TEST_VAULT").map_or_else(vault::binary, |path| Ok(path.into()))?;
+    let vault =
+        std::env::var_os("FUSE_SECRETS_TEST_VAULT").map_or_else(vault::binary, |path| Ok(path.into()))?;
     let program = built(&[])?.join("debug/test-cluster");
     let log = state_file().with_extension("log");
     let mut command = Command::new(program);
@@ -105,7 +106,9 @@ fn kubectl(arguments: &[String]) -> Result<ExitCode, Error> {
     let text = |name: &str| state[name].as_str().unwrap_or_default();
     let mut nsenter = Command::new("nsenter");
     nsenter.arg(format!("--target={}", state["node"])).args(["--net", "--"]);
-    nsenter.args([text("hyperkube"), "kubectl", &format!("--kubeconfig={}", text("kubeconfig"))]).args(arguments);
+    nsenter
+        .args([text("hyperkube"), "kubectl", &format!("--kubeconfig={}", text("kubeconfig"))])
+        .args(arguments);
     let status = nsenter.status().map_err(|error| format!("cannot run nsenter: {error}"))?;
     Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -127,7 +130,9 @@ fn explain(state: &Value) {
     let text = |name: &str| state[name].as_str().unwrap_or_default();
     println!("A cluster of one node is up. To try:\n");
     println!("  cargo xtask cluster kubectl get pods -A");
-    println!("  cargo xtask cluster kubectl run hello --image localhost/tools:1 --image-pull-policy Never -- sleep 1000");
+    println!(
+        "  cargo xtask cluster kubectl run hello --image localhost/tools:1 --image-pull-policy Never -- sleep 1000"
+    );
     println!("  cargo xtask cluster kubectl exec -it hello -- sh");
     println!("\nIn its network, with its kubeconfig:\n");
     println!("  nsenter --target={} --net env KUBECONFIG={} bash", state["node"], text("kubeconfig"));

@@ -116,16 +116,8 @@ pub(crate) const NEEDS: [Need; 10] = [
 ];
 
 /// Those without which there is no cluster of one node.
-const CLUSTER: [&str; 8] = [
-    "C compiler",
-    "Go",
-    "/dev/fuse",
-    "static libc",
-    "busybox",
-    "CNI plugins",
-    "libseccomp",
-    "ip, nsenter",
-];
+const CLUSTER: [&str; 8] =
+    ["C compiler", "Go", "/dev/fuse", "static libc", "busybox", "CNI plugins", "libseccomp", "ip, nsenter"];
 
 /// Where Debian has a static one.
 pub(crate) const BUSYBOX: &str = "/bin/busybox";

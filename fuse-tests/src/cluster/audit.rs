@@ -54,9 +54,8 @@ impl Cluster {
     #[must_use]
     pub fn counts_since(&self, mark: Mark) -> BTreeMap<(String, String, String), u64> {
         let requests = self.requests_since(mark).into_iter();
-        let started = requests.filter(|request| {
-            request.verb != "watch" || request.stage == "ResponseStarted"
-        });
+        let started =
+            requests.filter(|request| request.verb != "watch" || request.stage == "ResponseStarted");
         count(started.map(|request| (request.user, request.verb, request.resource)))
     }
 

@@ -82,7 +82,8 @@ impl Certificates {
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment];
         params.extended_key_usages = vec![usage];
         let key = KeyPair::generate().unwrap();
-        fs::write(self.path(&format!("{file}.crt")), params.signed_by(&key, authority).unwrap().pem()).unwrap();
+        fs::write(self.path(&format!("{file}.crt")), params.signed_by(&key, authority).unwrap().pem())
+            .unwrap();
         fs::write(self.path(&format!("{file}.key")), key.serialize_pem()).unwrap();
     }
 

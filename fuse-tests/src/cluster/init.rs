@@ -111,7 +111,9 @@ impl Running<'_> {
     }
 
     fn start(&mut self, name: &str) {
-        let [program, arguments @ ..] = &self.plan.components[name][..] else { panic!("{name} has no program") };
+        let [program, arguments @ ..] = &self.plan.components[name][..] else {
+            panic!("{name} has no program")
+        };
         let log = self.plan.directory.join(format!("log/{name}"));
         let log = File::options().create(true).append(true).open(log).unwrap();
         let mut command = Command::new(program);
@@ -153,7 +155,8 @@ fn read(plan: &Path) -> Plan {
 fn mounts(plan: &Plan) {
     let none = MountFlags::empty();
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
-    mount("proc", "/proc", "proc", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, None).unwrap();
+    mount("proc", "/proc", "proc", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, None)
+        .unwrap();
     fs::write("/proc/sys/kernel/hostname", NODE).unwrap();
     // kubelet sees by this number that its node was booted again.
     mount_bind(plan.directory.join("boot_id"), "/proc/sys/kernel/random/boot_id").unwrap();

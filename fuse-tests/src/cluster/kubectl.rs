@@ -108,6 +108,11 @@ fn said(output: &Output) -> Result<String, String> {
         return Ok(text);
     }
     let error = String::from_utf8_lossy(&output.stderr);
-    let late = if output.status.code() == Some(124) { format!(", not within {LONGEST} s") } else { String::new() };
-    Err(format!("{}{}{late}", error.trim(), if text.is_empty() { String::new() } else { format!(" (after {text})") }))
+    let late =
+        if output.status.code() == Some(124) { format!(", not within {LONGEST} s") } else { String::new() };
+    Err(format!(
+        "{}{}{late}",
+        error.trim(),
+        if text.is_empty() { String::new() } else { format!(" (after {text})") }
+    ))
 }

@@ -66,7 +66,8 @@ impl Cluster {
     pub fn processes(&self, namespace: &str, pod: &str, container: &str) -> Vec<u32> {
         let found = self.pod(namespace, pod).unwrap_or_else(|| panic!("{namespace}/{pod}: no such pod"));
         let statuses = ["containerStatuses", "initContainerStatuses"];
-        let mut statuses = statuses.iter().flat_map(|key| found["status"][key].as_array().into_iter().flatten());
+        let mut statuses =
+            statuses.iter().flat_map(|key| found["status"][key].as_array().into_iter().flatten());
         let id = statuses.find(|status| status["name"] == container).map(|status| &status["containerID"]);
         let id = id.and_then(|id| id.as_str()?.strip_prefix("containerd://"));
         let id = id.unwrap_or_else(|| panic!("{namespace}/{pod} has no container {container}"));
@@ -118,7 +119,9 @@ impl Cluster {
             let Ok(cgroup) = fs::read_to_string(format!("/proc/{pid}/cgroup")) else { continue };
             if cgroup.contains("/pod") && !of_known(&cgroup) {
                 let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-                remains.processes.push(format!("{pid} {}", String::from_utf8_lossy(&line).replace('\0', " ")));
+                remains
+                    .processes
+                    .push(format!("{pid} {}", String::from_utf8_lossy(&line).replace('\0', " ")));
             }
         }
         remains
@@ -135,7 +138,9 @@ fn processes_in(cgroup: &str) -> Vec<u32> {
     let processes = fs::read_dir("/proc").unwrap().flatten();
     let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     let mut pids: Vec<u32> = pids
-        .filter(|pid| fs::read_to_string(format!("/proc/{pid}/cgroup")).is_ok_and(|text| text.contains(cgroup)))
+        .filter(|pid| {
+            fs::read_to_string(format!("/proc/{pid}/cgroup")).is_ok_and(|text| text.contains(cgroup))
+        })
         .collect();
     pids.sort_unstable();
     pids

@@ -184,7 +184,10 @@ impl Drop for Tenant<'_> {
                     eprintln!("--- pod {}: {}", pod["metadata"]["name"], pod["status"]);
                 }
                 for event in events.iter().flat_map(|list| list["items"].as_array()).flatten() {
-                    eprintln!("--- {} {}: {}", event["involvedObject"]["name"], event["reason"], event["message"]);
+                    eprintln!(
+                        "--- {} {}: {}",
+                        event["involvedObject"]["name"], event["reason"], event["message"]
+                    );
                 }
             }
             self.delete();

@@ -93,8 +93,8 @@ impl Cluster {
     /// Events about a pod, or any other object of this name: reason and message, the oldest first.
     #[must_use]
     pub fn events(&self, namespace: &str, name: &str) -> Vec<(String, String)> {
-        let mut events =
-            self.list(&format!("api/v1/namespaces/{namespace}/events?fieldSelector=involvedObject.name={name}"));
+        let mut events = self
+            .list(&format!("api/v1/namespaces/{namespace}/events?fieldSelector=involvedObject.name={name}"));
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         events.sort_by_key(|event| text(&event["lastTimestamp"]));
         events.iter().map(|event| (text(&event["reason"]), text(&event["message"]))).collect()

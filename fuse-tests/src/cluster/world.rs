@@ -128,4 +128,3 @@ fn ended(pipe: &impl std::os::fd::AsFd) -> bool {
     let moment = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
     poll(&mut polled, Some(&moment)).unwrap() > 0
 }
-

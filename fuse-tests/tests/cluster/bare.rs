@@ -16,7 +16,8 @@ fn a_pod_runs_and_prints_and_its_end_leaves_nothing() {
     let Some(cluster) = shared() else { return };
     let tenant = cluster.tenant("plain");
     let mut pod = tenant.pod("hello");
-    pod["spec"]["containers"][0]["command"] = json!(["sh", "-c", "echo hello from $(hostname); exec sleep 86400"]);
+    pod["spec"]["containers"][0]["command"] =
+        json!(["sh", "-c", "echo hello from $(hostname); exec sleep 86400"]);
     let uid = tenant.run(&pod);
     assert_eq!(tenant.logs("hello"), "hello from hello\n");
     assert_eq!(tenant.exec("hello", &["cat", "/etc/hostname"]).unwrap(), "hello\n");
@@ -65,7 +66,11 @@ fn a_service_account_logs_in_at_the_store_both_ways_and_another_one_does_not() {
         assert!(policies.unwrap().contains(&json!(tenant.role)), "{way}");
         for (account, audience) in [("stranger", "vault"), (ACCOUNT, "other")] {
             let (status, answer) = login(account, audience);
-            assert!((400..=403).contains(&status), "{way}, {account}, {audience}: {status} {}", answer["errors"]);
+            assert!(
+                (400..=403).contains(&status),
+                "{way}, {account}, {audience}: {status} {}",
+                answer["errors"]
+            );
         }
     }
     assert!(cluster.store().counts().logins >= 3);
@@ -128,7 +133,8 @@ fn a_reboot_ends_every_process_and_keeps_what_the_api_server_knows() {
         let tenant = cluster.tenant("reboot");
         tenant.run(&tenant.pod("again"));
         let old = cluster.processes(&tenant.namespace, "again", "app")[0];
-        let boot = cluster.find(&format!("api/v1/nodes/{NODE}")).unwrap()["status"]["nodeInfo"]["bootID"].clone();
+        let boot =
+            cluster.find(&format!("api/v1/nodes/{NODE}")).unwrap()["status"]["nodeInfo"]["bootID"].clone();
         let namespace = tenant.namespace.clone();
         // The namespace outlives this one.
         std::mem::forget(tenant);
@@ -163,7 +169,9 @@ fn a_killed_process_of_a_test_leaves_no_process_no_directory_no_cgroup() {
     assert!(processes_of(name) > 5);
     holder.kill().unwrap();
     holder.wait().unwrap();
-    wait::until_true("nothing of it", Duration::from_secs(30), || !directory.exists() && processes_of(name) == 0);
+    wait::until_true("nothing of it", Duration::from_secs(30), || {
+        !directory.exists() && processes_of(name) == 0
+    });
     let mut cgroups = walk("/sys/fs/cgroup", 2);
     cgroups.retain(|path| path.contains(name));
     assert_eq!(cgroups, Vec::<String>::new());

@@ -4,3 +4,9 @@
 
 /// The cluster by itself, without the driver.
 mod bare;
+/// The manifests, as they are installed.
+mod deploy;
+/// Parts that end and come back.
+mod restarts;
+/// Another driver of the same name.
+mod takeover;
