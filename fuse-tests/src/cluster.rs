@@ -20,6 +20,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write as _;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -208,6 +209,7 @@ impl Cluster {
         let mut command = Command::new(&self.program);
         command.arg("boot").arg(directory.join("plan.json"));
         command.stdin(Stdio::piped()).stdout(log.try_clone().unwrap()).stderr(log);
+        command.process_group(0);
         let mut boot = self.world.spawn(command);
         let init = until("the node's first process", SOON, || {
             if let Some(status) = boot.try_wait().unwrap() {

@@ -74,17 +74,12 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, Error> {
 /// Runs a program of `fuse-tests` in the release profile.
 fn measure(program: &str, quick: bool, only: &[String]) -> Result<(), Error> {
     let mut bench = Command::new(built(&["--release"])?.join("release").join(program));
-    bench.args(quick.then_some("--quick")).args(only).arg(target().join("bench"));
+    bench.args(quick.then_some("--quick")).args(only).arg(tools::target().join("bench"));
     command::run(&mut bench)
 }
 
 /// Builds all programs; returns cargo's directory.
 pub(crate) fn built(profile: &[&str]) -> Result<PathBuf, Error> {
     command::run(command::cargo().args(["build", "--workspace", "--bins"]).args(profile))?;
-    Ok(target())
-}
-
-/// Cargo's directory.
-pub(crate) fn target() -> PathBuf {
-    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| tools::root().join("target"), Into::into)
+    Ok(tools::target())
 }

@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use crate::bench::built;
 use crate::command::{self, Error};
+use crate::images::{self, Architecture};
 use crate::{kubernetes, setup, tools, vault};
 
 /// A real Kubernetes cluster of one node, in namespaces of its own (needs root)
@@ -59,15 +60,15 @@ fn up() -> Result<ExitCode, Error> {
         return Err(format!("a cluster cannot run here: {why}").into());
     }
     let programs = kubernetes::programs()?;
-    let images = tools::images();
-    kubernetes::images(&images)?;
+    kubernetes::images()?;
+    images::build(Architecture::Amd64, "localhost")?;
     let vault =
         std::env::var_os("FUSE_SECRETS_TEST_VAULT").map_or_else(vault::binary, |path| Ok(path.into()))?;
     let program = built(&[])?.join("debug/test-cluster");
     let log = state_file().with_extension("log");
     let mut command = Command::new(program);
     command.arg("stay").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(File::create(&log)?);
-    command.env("FUSE_SECRETS_TEST_KUBERNETES", &programs).env("FUSE_SECRETS_TEST_IMAGES", &images);
+    command.env("FUSE_SECRETS_TEST_KUBERNETES", &programs).env("FUSE_SECRETS_TEST_IMAGES", tools::images());
     command.env("FUSE_SECRETS_TEST_VAULT", vault);
     // Ctrl-C in this terminal is not for it.
     command.process_group(0);

@@ -5,9 +5,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use crate::bench::target;
 use crate::command::{self, Error};
 use crate::oci::Image;
+use crate::tools;
 
 /// Builds the images of agent and shim into target/images, without a container engine
 ///
@@ -73,7 +73,7 @@ pub(crate) fn build(architecture: Architecture, registry: &str) -> Result<Images
         // Static, so that the image needs nothing else. This libc still resolves names then.
         cargo.env("RUSTFLAGS", "-C target-feature=+crt-static");
         // Built apart from programs with other flags, which would otherwise be built anew each time.
-        cargo.env("CARGO_TARGET_DIR", directory().join("build"));
+        cargo.env("CARGO_TARGET_DIR", tools::images().join("build"));
         if architecture == Architecture::Arm64 {
             cargo.env("CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER", "aarch64-linux-gnu-gcc");
         }
@@ -81,10 +81,10 @@ pub(crate) fn build(architecture: Architecture, registry: &str) -> Result<Images
     };
     compile(&["--no-default-features", "--package", "fuse-secrets", "--bin", "fuse-secrets"])?;
     compile(&["--package", "fuse-secrets-csi"])?;
-    let programs = directory().join("build").join(architecture.triple()).join("release");
+    let programs = tools::images().join("build").join(architecture.triple()).join("release");
     let version = env!("CARGO_PKG_VERSION");
     let suffix = if architecture == Architecture::Amd64 { "" } else { "-arm64" };
-    let archive = |name: &str| directory().join(format!("{name}{suffix}.tar"));
+    let archive = |name: &str| tools::images().join(format!("{name}{suffix}.tar"));
     let agent = programs.join("fuse-secrets");
     let mut files = vec![(agent.as_path(), "/fuse-secrets", 0o755)];
     let cas = Path::new(PUBLIC_CAS);
@@ -112,10 +112,6 @@ pub(crate) fn build(architecture: Architecture, registry: &str) -> Result<Images
     }
     .write(&images.shim)?;
     Ok(images)
-}
-
-fn directory() -> PathBuf {
-    target().join("images")
 }
 
 #[expect(clippy::cast_precision_loss, reason = "shown with one digit behind the point")]

@@ -91,10 +91,11 @@ fn modules() -> PathBuf {
     tools::root().join("fuse-tests/servers/kubernetes")
 }
 
-/// Writes the images of pods that are not the product's: `pause.tar`, which holds a pod's namespaces, and `tools.tar`, a shell with its
-/// commands.
-pub(crate) fn images(directory: &Path) -> Result<(), Error> {
-    fs::create_dir_all(directory)?;
+/// Writes the images of pods that are not the product's into `target/images`: `pause.tar`, which holds a pod's namespaces, and
+/// `tools.tar`, a shell with its commands.
+pub(crate) fn images() -> Result<(), Error> {
+    let directory = tools::images();
+    fs::create_dir_all(&directory)?;
     let pause = directory.join("pause");
     let mut cc = Command::new("cc");
     cc.args(["-static", "-Os", "-s", "-Wall", "-Werror", "-o"]).arg(&pause).arg(modules().join("pause.c"));
@@ -124,4 +125,4 @@ pub(crate) fn images(directory: &Path) -> Result<(), Error> {
 }
 
 /// Of this machine, as Go names it.
-pub(crate) const ARCHITECTURE: &str = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
+const ARCHITECTURE: &str = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };

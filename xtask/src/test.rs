@@ -7,6 +7,7 @@ use std::time::Instant;
 use clap::ValueEnum;
 
 use crate::command::{self, Error};
+use crate::images::{self, Architecture};
 use crate::{kubernetes, sanity, setup, tools, vault};
 
 /// Runs everything that CI runs
@@ -153,12 +154,16 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, Error> {
     }
     let mut parts = None;
     if cluster {
-        report.step("kubernetes: a real cluster of one node, and the images of its pods", |_| {
-            let images = tools::images();
-            kubernetes::images(&images)?;
-            parts = Some((kubernetes::programs()?, images));
-            Ok(())
-        });
+        report.step(
+            "kubernetes: a real cluster of one node, and the images of its pods and of the driver",
+            |_| {
+                let programs = kubernetes::programs()?;
+                kubernetes::images()?;
+                images::build(Architecture::Amd64, "localhost")?;
+                parts = Some(programs);
+                Ok(())
+            },
+        );
     }
     if kernel && std::env::var_os(OPENBAO).is_none() {
         report.not_asked.push(format!("OpenBao: {OPENBAO} names no binary"));
@@ -186,8 +191,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, Error> {
         if let Some(callers) = &callers {
             cargo.env(SANITY, &callers.sanity).env(DIAL, &callers.dial);
         }
-        if let Some((programs, images)) = &parts {
-            cargo.env(KUBERNETES, programs).env(IMAGES, images);
+        if let Some(programs) = &parts {
+            cargo.env(KUBERNETES, programs).env(IMAGES, tools::images());
         }
         let ended_well = command::watch(&mut cargo, |line| sum.add(line))?;
         if ended_well || sum.failed > 0 {

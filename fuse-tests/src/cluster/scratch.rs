@@ -2,6 +2,7 @@
 //! those left is removed by the next cluster that starts.
 
 use std::fs::{self, File};
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -33,6 +34,8 @@ impl Scratch {
         let path = directory.keep();
         let mut sweeper = Command::new(program);
         sweeper.arg("sweep").arg(&path).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+        // A signal to the test's group, as Ctrl-C is, must not end it.
+        sweeper.process_group(0);
         Self { sweeper: sweeper.spawn().unwrap(), path, _held: held }
     }
 

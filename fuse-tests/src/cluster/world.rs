@@ -10,6 +10,7 @@
 
 use std::fs::File;
 use std::io::{BufRead as _, BufReader};
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
@@ -37,6 +38,8 @@ impl World {
     pub fn new(program: &Path) -> Self {
         let mut command = Command::new(program);
         command.arg("world").stdin(Stdio::piped()).stdout(Stdio::piped());
+        // Ctrl-C is for the test, which ends the world in order.
+        command.process_group(0);
         // The namespaces are for this thread, and its next child.
         let mut child = apart(move || {
             unshare(CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWNET).unwrap();

@@ -83,7 +83,8 @@ fn a_pod_reaches_the_store_and_the_api_server() {
     tenant.run(&tenant.pod("asks"));
     for (address, port) in [("10.88.0.1", "443"), ("10.96.0.1", "443"), ("10.88.0.1", "8200")] {
         if port != "8200" || cluster.has_store() {
-            tenant.exec("asks", &["nc", "-z", "-w", "5", address, port]).unwrap();
+            let connect = format!("nc -w 5 {address} {port} </dev/null");
+            tenant.exec("asks", &["sh", "-c", &connect]).unwrap();
         }
     }
 }
