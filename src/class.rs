@@ -81,6 +81,8 @@ pub struct Class {
     pub files: Vec<FileSpec>,
     /// What its author should know.
     pub warnings: Vec<Warning>,
+    /// What a `SecretProviderClass` calls its parameters of several spellings: `("Address", "baoAddress")`.
+    spelt: Vec<(&'static str, &'static str)>,
 }
 
 /// Where the classes of a cluster or a node are found. Asked at each publish, from a thread that may block.
@@ -163,6 +165,15 @@ impl Class {
         self.namespace.as_ref().map_or_else(|| self.name.clone(), |ns| format!("{ns}/{}", self.name))
     }
 
+    /// The field that says something of store or login, by what the provider's parameter ends with: `Address`.
+    pub(crate) fn field(&self, of: &'static str) -> String {
+        match (self.kind, self.spelt.iter().find(|(known, _)| *known == of)) {
+            (Kind::SecretsStoreImport, _) => format!("spec.{}", store_import::spelling(of)),
+            (Kind::SecretProviderClass, Some((_, name))) => format!("spec.parameters.{name}"),
+            (Kind::SecretProviderClass, None) => format!("spec.parameters.vault{of}"),
+        }
+    }
+
     /// How fresh the class alone wants its values, defaults filled in.
     #[must_use]
     pub fn freshness(&self) -> Freshness {
@@ -207,6 +218,15 @@ impl fmt::Display for Class {
     }
 }
 
+/// What the spec of either kind gives, as in [`Class`].
+#[derive(Default)]
+pub(crate) struct Parts {
+    pub(crate) settings: Settings,
+    pub(crate) files: Vec<FileSpec>,
+    pub(crate) warnings: Vec<Warning>,
+    pub(crate) spelt: Vec<(&'static str, &'static str)>,
+}
+
 fn read(document: &Value, sink: &Sink) -> Option<Class> {
     let root = Fields::new(document, String::new(), sink)?;
     let kind = kind(&root)?;
@@ -226,18 +246,19 @@ fn read(document: &Value, sink: &Sink) -> Option<Class> {
         root.fault("spec", broken("is missing", "write what the volume asks for"));
     }
     let spec = root.mapping("spec")?;
-    let (settings, files, mut warnings) = match kind {
+    let Parts { settings, files, warnings, spelt } = match kind {
         Kind::SecretProviderClass => provider_class::read(&spec, labels.as_ref(), annotations.as_ref(), sink),
         Kind::SecretsStoreImport => {
             let (settings, files) = store_import::read(&spec, annotations.as_ref(), sink);
-            (settings, files, Vec::new())
+            Parts { settings, files, ..Parts::default() }
         }
     };
     let _ = settings.freshness.complete(sink);
     spec.finish();
     root.finish();
-    warnings.extend(transport_warnings(&settings));
-    Some(Class { kind, namespace, name: name?, settings, files, warnings })
+    let mut class = Class { kind, namespace, name: name?, settings, files, warnings, spelt };
+    class.warnings.extend(transport_warnings(&class));
+    Some(class)
 }
 
 fn kind(root: &Fields<'_>) -> Option<Kind> {
@@ -296,17 +317,17 @@ pub(crate) fn object_name(text: &str) -> Result<String, crate::config::fault::Br
     Err(broken("is not a Kubernetes name", "use lower-case letters, digits, - and ., at most 253"))
 }
 
-fn transport_warnings(settings: &Settings) -> Vec<Warning> {
-    let connection = &settings.connection;
+fn transport_warnings(class: &Class) -> Vec<Warning> {
+    let connection = &class.settings.connection;
     let mut warnings = Vec::new();
-    let mut warn = |field: &str, text: &str| {
-        warnings.push(Warning { field: field.to_owned(), text: text.to_owned() });
+    let mut warn = |setting, text: &str| {
+        warnings.push(Warning { field: class.field(setting), text: text.to_owned() });
     };
     if connection.skip_verify == Some(true) {
-        warn("skipTLSVerify", "any certificate is accepted: who stands in between reads tokens and secrets");
+        warn("SkipTLSVerify", "any certificate is accepted: who stands in between reads tokens and secrets");
     }
     if connection.addresses.iter().flatten().any(|address| !address.is_https()) {
-        warn("address", "http: tokens and secrets travel in clear text");
+        warn("Address", "http: tokens and secrets travel in clear text");
     }
     warnings
 }

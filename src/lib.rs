@@ -3,7 +3,7 @@
 //! Two ways run through this crate; the modules stand in the order in which data passes them.
 //!
 //! ```text
-//! publish   kubelet ─▶ shim ─▶ node ─▶ class ─▶ reference ─▶ volume ─▶ cache ─▶ store ─▶ Vault API
+//! publish   kubelet ─▶ shim ─▶ node ─▶ class ─▶ policy ─▶ reference ─▶ volume ─▶ cache ─▶ store ─▶ Vault API
 //! read      read(2) ─▶ kernel ─▶ fuse ─▶ fs ─▶ volume ◀─ cache ◀─ store ◀─ Vault API
 //! ```
 //!
@@ -22,6 +22,8 @@ pub mod config;
 pub mod reference;
 /// Publish 1: class documents of both kinds to what they ask for, all faults at once.
 pub mod class;
+/// Which of what a class says of store and login its namespace may say.
+pub mod policy;
 /// Read 1: speaks the Vault API.
 pub mod store;
 /// Read 2: values with their freshness: one login per identity, one read per path.

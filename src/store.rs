@@ -28,6 +28,7 @@ mod testing;
 pub(crate) mod scripted;
 
 pub use error::{ErrorKind, StoreError};
+pub use http::reach::Reach;
 
 use std::future::Future;
 use std::path::PathBuf;

@@ -82,15 +82,22 @@ pub enum PublishError {
 
 /// One line per error, with all that it is about: a login that fails fails for every secret.
 fn list<E: std::fmt::Display>(parts: &[(String, E)]) -> String {
-    let mut lines: Vec<(String, String)> = Vec::new();
+    /// What the others are about is told by their number.
+    const MOST: usize = 5;
+    let mut lines: Vec<(Vec<&str>, String)> = Vec::new();
     for (what, error) in parts {
         let error = error.to_string();
         match lines.iter_mut().find(|(_, known)| *known == error) {
-            Some((whats, _)) => whats.extend([", ", what]),
-            None => lines.push((what.clone(), error)),
+            Some((whats, _)) => whats.push(what),
+            None => lines.push((vec![what], error)),
         }
     }
-    lines.into_iter().map(|(what, error)| format!("{what}: {error}")).collect::<Vec<_>>().join("\n")
+    let line = |(whats, error): (Vec<&str>, String)| {
+        let more = whats.len().saturating_sub(MOST);
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        format!("{}{more}: {error}", whats[..whats.len().min(MOST)].join(", "))
+    };
+    lines.into_iter().map(line).collect::<Vec<_>>().join("\n")
 }
 
 /// How a file's value stands against its class's max age, asked at each open.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{CommandFactory as _, Parser as _};
 use fuse_secrets::cli::Arguments;
-use fuse_secrets::config::{Config, Layer};
+use fuse_secrets::config::{AgentConfig, Config, Layer};
 use fuse_secrets::metrics::{Kind, Metrics};
 
 /// A file of the repository.
@@ -153,6 +153,14 @@ fn the_configuration_example_is_good() {
     let flags = Layer { token_file: Some("token".into()), ..Layer::default() };
     let config = Config::resolve(flags, Layer::default(), example).unwrap();
     assert_eq!(config.under.connection.addresses.map(|addresses| addresses.len()), Some(2));
+}
+
+#[test]
+fn the_agents_example_is_good() {
+    let example = Layer::from_yaml(&file("examples/agent.yaml")).unwrap();
+    let config = AgentConfig::resolve(Layer::default(), Layer::default(), example).unwrap();
+    assert_eq!(config.policy.allow.len(), 2);
+    assert_eq!(config.policy.files, config.reach.beneath);
 }
 
 #[test]

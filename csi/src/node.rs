@@ -18,6 +18,7 @@ use crate::proto::csi::volume_capability::AccessType;
 use crate::proto::csi::volume_usage::Unit;
 use crate::rpc::{Answer, refused};
 use crate::wire::Secret;
+use crate::wire::message::DROPPED_SECRETS;
 
 /// Longest name of a volume in bytes; kubelet's are 68.
 const LONGEST_VOLUME: usize = 128;
@@ -42,7 +43,7 @@ pub struct Publish {
     pub volume: String,
     /// Where.
     pub target: PathBuf,
-    /// What kubelet says of the pod, with kubelet's keys.
+    /// What kubelet says of the pod, with kubelet's keys, and [`DROPPED_SECRETS`].
     pub pod: BTreeMap<String, String>,
     /// `volumeAttributes` of the pod's spec.
     pub attributes: BTreeMap<String, String>,
@@ -117,14 +118,11 @@ impl<V: Volumes> csi::node_server::Node for Node<V> {
         request: Request<csi::NodePublishVolumeRequest>,
     ) -> Answer<csi::NodePublishVolumeResponse> {
         let call = Call { name: "NodePublishVolume", volume: String::new(), pod: String::new() };
-        let (publish, dropped) = match read(request.into_inner()) {
-            Ok(read) => read,
+        let publish = match read(request.into_inner()) {
+            Ok(publish) => publish,
             Err(status) => return call.ends(Err(status)),
         };
         let call = Call { volume: publish.volume.clone(), pod: pod(&publish.pod), ..call };
-        if dropped > 0 {
-            call.warns("what nodePublishSecretRef names was dropped: nothing reads it");
-        }
         let done = self.volumes.publish(publish).await;
         done.iter().flatten().for_each(|warning| call.warns(warning));
         call.ends(done.map(|_| csi::NodePublishVolumeResponse {}).map_err(status))
@@ -181,8 +179,8 @@ impl<V: Volumes> csi::node_server::Node for Node<V> {
     }
 }
 
-/// Takes a request apart; also says how many secrets of the pod's own were dropped.
-fn read(request: csi::NodePublishVolumeRequest) -> Result<(Publish, usize), Status> {
+/// Takes a request apart. Secrets of the pod's own are dropped, and that it has some is told.
+fn read(request: csi::NodePublishVolumeRequest) -> Result<Publish, Status> {
     let csi::NodePublishVolumeRequest { volume_id, target_path, volume_capability, .. } = request;
     let (mut secrets, mut context) = (request.secrets, request.volume_context);
     let [first, second] = [&mut secrets, &mut context].map(|map| map.remove(TOKENS).map(Zeroizing::new));
@@ -201,14 +199,16 @@ fn read(request: csi::NodePublishVolumeRequest) -> Result<(Publish, usize), Stat
     if bytes > MOST_CONTEXT {
         return Err(invalid("volume_context", "is longer than 256 KiB in all; shorten the volumeAttributes"));
     }
-    let (pod, attributes): (BTreeMap<_, _>, _) =
+    let (mut pod, attributes): (BTreeMap<_, _>, _) =
         context.into_iter().partition(|(key, _)| key.starts_with(KUBELET));
     if pod.get(EPHEMERAL).is_none_or(|word| word != "true") {
         return Err(invalid(EPHEMERAL, NOT_OF_A_POD));
     }
+    if !secrets.is_empty() {
+        pod.insert(DROPPED_SECRETS.to_owned(), String::new());
+    }
     let tokens = self::tokens(&tokens)?;
-    let publish = Publish { volume: volume_id, target: target_path.into(), pod, attributes, group, tokens };
-    Ok((publish, secrets.len()))
+    Ok(Publish { volume: volume_id, target: target_path.into(), pod, attributes, group, tokens })
 }
 
 /// What both calls for a volume must have. The name becomes a mount's source, and stands in logs.

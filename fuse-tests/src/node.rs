@@ -46,6 +46,9 @@ pub use cluster::Cluster;
 pub use kubelet::{Kubelet, Volume};
 pub use process::{Process, UID};
 
+/// Classes may name any store.
+const ANYWHERE: &str = r#"--allow=[{namespaces: ["*"], addresses: ["*"]}]"#;
+
 /// In the node's directory.
 const CSI_SOCKET: &str = "kubelet/plugins/fuse-secrets/csi.sock";
 
@@ -198,6 +201,16 @@ impl Node {
         command.env_clear().env("FUSE_SECRETS_LOG", self.log).arg("agent");
         command.arg("--node-socket").arg(self.node_socket()).arg("--classes").arg(self.path.join("classes"));
         command.args(["--address", &self.cluster.store.address(), "--auth-method", "jwt"]);
+        // The store is on this machine, and some classes name it in a way of their own.
+        for usual in ["--allow-local-addresses=true", ANYWHERE] {
+            let (name, _) = usual.split_once('=').unwrap();
+            if !arguments
+                .iter()
+                .any(|argument| argument.starts_with(name) && !argument[name.len()..].starts_with('-'))
+            {
+                command.arg(usual);
+            }
+        }
         command.args(["--health-address", &health.to_string()]).args(arguments);
         let process = Process::spawn_init(command, self.next_log("agent"));
         self.agents.push(Agent { process, health });

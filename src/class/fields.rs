@@ -116,6 +116,29 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// The texts of a list inside it, each with its path; absent is empty.
+    pub(crate) fn texts(&self, name: &'static str) -> Vec<(String, &'a str)> {
+        const REMEDY: &str = "write a list of texts, such as [a, b]";
+        let items = match self.raw(name) {
+            None => return Vec::new(),
+            Some(Value::Array(items)) => items,
+            Some(_) => {
+                self.fault(name, broken("is not a list", REMEDY));
+                return Vec::new();
+            }
+        };
+        let each =
+            items.iter().enumerate().map(|(index, item)| (format!("{}[{index}]", self.path(name)), item));
+        let text = |(path, item): (String, &'a Value)| match item.as_str() {
+            Some(text) => Some((path, text)),
+            None => {
+                self.sink.add(path, broken("is not text", "put it in quotes"));
+                None
+            }
+        };
+        each.filter_map(text).collect()
+    }
+
     /// Faults for every field that was not asked for.
     pub(crate) fn finish(self) {
         let asked = self.asked.into_inner();

@@ -1,12 +1,13 @@
 //! `SecretProviderClass` of the secrets-store CSI driver, with the parameters of its Vault and OpenBao providers, Deckhouse's
 //! additions (`vaultCACert`, `decodeBase64`) and our own.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 
 use serde_json::Value;
 
 use crate::class::fields::{Fields, mappings};
-use crate::class::{Warning, extras, files};
+use crate::class::{Parts, Warning, extras, files};
 use crate::config::fault::{Broken, Sink, broken};
 use crate::config::settings::{ConnectionSettings, LoginSettings, Settings};
 use crate::config::{text, yaml};
@@ -21,7 +22,7 @@ pub(crate) fn read(
     labels: Option<&Fields<'_>>,
     annotations: Option<&Fields<'_>>,
     sink: &Sink,
-) -> (Settings, Vec<FileSpec>, Vec<Warning>) {
+) -> Parts {
     let mut warnings = Vec::new();
     let provider = spec.required("provider", "write vault, openbao or stronghold").unwrap_or_default();
     if !matches!(provider, "" | "vault" | "openbao" | "stronghold") {
@@ -36,10 +37,10 @@ pub(crate) fn read(
         if spec.raw("parameters").is_none() {
             spec.fault("parameters", broken("is missing", "write at least roleName and objects"));
         }
-        return (Settings::default(), Vec::new(), warnings);
+        return Parts { warnings, ..Parts::default() };
     };
 
-    let names = Parameters { fields: &parameters, openbao: provider == "openbao" };
+    let names = Parameters { fields: &parameters, openbao: provider == "openbao", spelt: RefCell::default() };
     let role = parameters.required("roleName", "name the store's role to log in to");
     let role = role.and_then(|role| sink.take(&parameters.path("roleName"), text::word(role)));
     let (freshness, ownership) = extras::read(annotations, Some(&parameters));
@@ -54,15 +55,18 @@ pub(crate) fn read(
         freshness,
         ownership,
     };
+    let spelt = names.spelt.into_inner();
     let files = objects(&parameters, decoded, sink);
     parameters.finish();
-    (settings, files, warnings)
+    Parts { settings, files, warnings, spelt }
 }
 
 /// Parameters whose names begin with the provider's: `vaultAddress`, for OpenBao also `baoAddress` and `openbaoAddress`.
 struct Parameters<'a> {
     fields: &'a Fields<'a>,
     openbao: bool,
+    /// What was given, and under which name.
+    spelt: RefCell<Vec<(&'static str, &'static str)>>,
 }
 
 impl Parameters<'_> {
@@ -85,12 +89,13 @@ impl Parameters<'_> {
             }
             there && (self.openbao || !*bao)
         });
-        let first = given.next().map(|(_, name)| name);
+        let (_, first) = given.next()?;
         for (_, other) in given {
-            let rule = format!("stands beside {}", first.unwrap_or_default());
-            self.fields.fault(other, broken(rule, "keep one of the two"));
+            self.fields.fault(other, broken(format!("stands beside {first}"), "keep one of the two"));
         }
-        first.and_then(|name| self.fields.parse(name, parse))
+        // One setting, whichever of its parameters says it.
+        self.spelt.borrow_mut().push((suffixes[N - 1], first));
+        self.fields.parse(first, parse)
     }
 }
 

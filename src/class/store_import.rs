@@ -40,6 +40,18 @@ pub(crate) fn read(
     (settings, file_list(spec, sink))
 }
 
+/// What this resource calls a provider's parameter, by what that ends with.
+pub(crate) fn spelling(of: &'static str) -> &'static str {
+    match of {
+        "Address" => "address",
+        "Namespace" => "namespace",
+        "AuthMountPath" => "authPath",
+        "CACert" => "caCert",
+        "SkipTLSVerify" => "skipTLSVerify",
+        other => other,
+    }
+}
+
 fn file_list(spec: &Fields<'_>, sink: &Sink) -> Vec<FileSpec> {
     const REMEDY: &str = "list at least one file with name and source";
     let list = spec.path("files");

@@ -163,7 +163,7 @@ fn unsafe_transport_is_a_warning() {
         one(&provider_class("vaultAddress: http://v:8200\nvaultSkipTLSVerify: \"true\"", ONE_OBJECT, ""));
     assert_eq!(
         class.warnings.iter().map(|w| w.field.as_str()).collect::<Vec<_>>(),
-        ["skipTLSVerify", "address"]
+        ["spec.parameters.vaultSkipTLSVerify", "spec.parameters.vaultAddress"]
     );
 }
 
@@ -578,5 +578,45 @@ proptest! {
             Ok(classes) => prop_assert!(classes.iter().all(|class| !class.files.is_empty())),
             Err(faults) => prop_assert!(faults.iter().len() > 0),
         }
+    }
+}
+
+/// Documents as people have them. What each is to give stands at its head: `# files: 2`, `# warning: FIELD`, `# fault: FIELD`.
+#[test]
+fn documents_of_both_kinds_give_files_and_warnings_or_every_fault_at_once() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/classes");
+    for (directory, kind) in [
+        ("secret-provider-class", Kind::SecretProviderClass),
+        ("secrets-store-import", Kind::SecretsStoreImport),
+    ] {
+        let mut count = 0;
+        for entry in std::fs::read_dir(root.join(directory)).unwrap() {
+            let path = entry.unwrap().path();
+            let text = std::fs::read_to_string(&path).unwrap();
+            let head = |what: &str| -> Vec<String> {
+                let lines = text.lines().filter_map(|line| line.strip_prefix(what)).map(str::to_owned);
+                let mut lines: Vec<_> = lines.collect();
+                lines.sort();
+                lines
+            };
+            count += 1;
+            match parse(&text) {
+                Ok(classes) => {
+                    assert_eq!(head("# fault: "), [""; 0], "{}", path.display());
+                    let [class] = classes.as_slice() else { panic!("{}: several", path.display()) };
+                    assert_eq!(class.kind, kind);
+                    let mut warnings: Vec<_> = class.warnings.iter().map(|it| it.field.clone()).collect();
+                    warnings.sort();
+                    assert_eq!(head("# files: "), [class.files.len().to_string()], "{}", path.display());
+                    assert_eq!(head("# warning: "), warnings, "{}", path.display());
+                }
+                Err(faults) => {
+                    let mut fields: Vec<_> = faults.iter().map(|fault| fault.field.clone()).collect();
+                    fields.sort();
+                    assert_eq!(head("# fault: "), fields, "{}: {faults}", path.display());
+                }
+            }
+        }
+        assert!(count >= 12, "{directory}: {count}");
     }
 }

@@ -171,7 +171,7 @@ async fn work(
     let metrics = Arc::new(Metrics::default());
     let attachment = Attachment::new(Arc::clone(&metrics));
     let setup = Setup { limits: config.limits, memory: config.memory_limit, threads: config.fuse_threads };
-    let store = Arc::new(Vault::new(Arc::clone(&metrics)));
+    let store = Arc::new(Vault::within(Arc::clone(&metrics), config.reach.clone()));
     let keeper = Arc::clone(&attachment);
     let agent = match Agent::start_lending(store, Arc::clone(&metrics), setup, keeper) {
         Ok(agent) => agent,

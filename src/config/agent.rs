@@ -11,7 +11,9 @@ use crate::config::fault::{Broken, Sink, broken};
 use crate::config::layer::{Command, Layer};
 use crate::config::settings::Settings;
 use crate::config::{FUSE_THREADS, Faults, Parsed, Values, text};
+use crate::policy::{Allowance, Policy};
 use crate::reference::AuthMethod;
+use crate::store::Reach;
 
 /// Where the shim listens.
 pub const NODE_SOCKET: &str = "/run/fuse-secrets/node/shim.sock";
@@ -53,6 +55,10 @@ pub struct AgentConfig {
     pub publish_deadline: Duration,
     /// Default: [`UnknownAttributes::Reject`].
     pub unknown_attributes: UnknownAttributes,
+    /// Which of what a class says of store and login counts. Default: what repeats `under`, and nothing else.
+    pub policy: Policy,
+    /// Whom and which files the store's client may reach. Default: no local address, every file of `under`.
+    pub reach: Reach,
     /// Whether it serves as root too. Default false.
     pub allow_root: bool,
 }
@@ -102,6 +108,11 @@ impl AgentConfig {
             health_address: said.health_address.unwrap_or_else(|| HEALTH_ADDRESS.parse().ok()),
             publish_deadline: said.publish_deadline.unwrap_or(PUBLISH_DEADLINE),
             unknown_attributes: said.unknown_attributes.unwrap_or_default(),
+            policy: Policy { allow: said.allow.unwrap_or_default(), files: said.class_files.clone() },
+            reach: Reach {
+                local_addresses: said.allow_local_addresses.unwrap_or(false),
+                beneath: said.class_files,
+            },
             allow_root: said.allow_root.unwrap_or(false),
         });
         sink.finish(config)
@@ -117,6 +128,9 @@ pub(super) struct Said {
     health_address: Option<Option<SocketAddr>>,
     publish_deadline: Option<Duration>,
     unknown_attributes: Option<UnknownAttributes>,
+    allow: Option<Vec<Allowance>>,
+    class_files: Option<PathBuf>,
+    allow_local_addresses: Option<bool>,
     allow_root: Option<bool>,
 }
 
@@ -134,6 +148,16 @@ impl Said {
                 layer.unknown_attributes.take(),
                 unknown_attributes,
             ),
+            allow: layer
+                .allow
+                .take()
+                .and_then(|text| Allowance::read(&text, &reader.source.spell("allow"), reader.sink)),
+            class_files: reader.read("class_files", layer.class_files.take(), text::absolute),
+            allow_local_addresses: reader.read(
+                "allow_local_addresses",
+                layer.allow_local_addresses.take(),
+                text::switch,
+            ),
             allow_root: reader.read("allow_root", layer.allow_root.take(), text::switch),
         }
     }
@@ -145,6 +169,9 @@ impl Said {
             health_address: self.health_address.or(wider.health_address),
             publish_deadline: self.publish_deadline.or(wider.publish_deadline),
             unknown_attributes: self.unknown_attributes.or(wider.unknown_attributes),
+            allow: self.allow.or(wider.allow),
+            class_files: self.class_files.or(wider.class_files),
+            allow_local_addresses: self.allow_local_addresses.or(wider.allow_local_addresses),
             allow_root: self.allow_root.or(wider.allow_root),
         }
     }

@@ -208,6 +208,19 @@ layer! {
         /// Ignored ones have no effect; the pod's events name them.
         #[arg(long, value_name = "WHAT", help_heading = "Node")]
         unknown_attributes,
+        /// What classes may say of store and login, as a YAML list of entries by namespace (default: nothing)
+        ///
+        /// Better said in the configuration file; what the agent's own settings name is always allowed.
+        #[arg(long, value_name = "LIST", help_heading = "Node")]
+        allow,
+        /// Directory of the certificate files that classes may name, as far as --allow permits (default: none)
+        #[arg(long, value_name = "DIR", help_heading = "Node")]
+        class_files,
+        /// Ask stores at loopback, link-local and metadata addresses too (true, false; default false)
+        ///
+        /// Set it where the store runs beside the agent.
+        #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", help_heading = "Node")]
+        allow_local_addresses,
         /// Serve although this is root (true, false; default false)
         ///
         /// The agent needs none of root's rights and drops every capability; as root it could still open root's files.
@@ -330,6 +343,8 @@ impl Layer {
                 Value::Array(items) if key == "address" && items.iter().all(Value::is_string) => {
                     Some(items.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(","))
                 }
+                // JSON is YAML: the list is read where flags and variables are.
+                Value::Array(_) if key == "allow" => Some(value.to_string()),
                 Value::Array(_) | Value::Object(_) => {
                     sink.add(
                         &key,

@@ -138,14 +138,9 @@ impl LoginSettings {
     /// The whole, with defaults: the method `kubernetes`, mounted under its own name.
     pub(crate) fn complete(self, sink: &Sink) -> Option<Auth> {
         let method = self.method.unwrap_or(AuthMethod::Kubernetes);
-        let default_mount = match method {
-            AuthMethod::Token => {
-                return Some(Auth { method, mount: String::new(), role: String::new(), audience: None });
-            }
-            AuthMethod::Kubernetes => "kubernetes",
-            AuthMethod::Jwt => "jwt",
-            AuthMethod::AppRole => "approle",
-        };
+        if method == AuthMethod::Token {
+            return Some(Auth { method, mount: String::new(), role: String::new(), audience: None });
+        }
         let Some(role) = self.role else {
             let remedy = if method == AuthMethod::AppRole {
                 "give --role-id with --secret-id-file"
@@ -155,8 +150,18 @@ impl LoginSettings {
             sink.add("role", broken("is not given", remedy));
             return None;
         };
-        let mount = self.mount.unwrap_or_else(|| default_mount.to_owned());
+        let mount = self.mount.unwrap_or_else(|| default_mount(method).to_owned());
         Some(Auth { method, mount, role, audience: self.audience })
+    }
+}
+
+/// Where a method is mounted if nobody says it; a token needs no mount.
+pub(crate) fn default_mount(method: AuthMethod) -> &'static str {
+    match method {
+        AuthMethod::Token => "",
+        AuthMethod::Kubernetes => "kubernetes",
+        AuthMethod::Jwt => "jwt",
+        AuthMethod::AppRole => "approle",
     }
 }
 

@@ -2,7 +2,7 @@
 //! names the audience, and the audience the token.
 //!
 //! ```text
-//!   attributes ─▶ kind and name ─▶ Classes ─▶ class ─┬─────────────────────────▶ VolumeSpec
+//!   attributes ─▶ kind and name ─▶ Classes ─▶ class ─┬─Policy──────────────────▶ VolumeSpec
 //!   pod context ─▶ namespace, service account ───────┤                              ▲
 //!   tokens ──the audience that the class asks for──▶ token ─its claims─▶ Identity ──┘
 //! ```
@@ -10,17 +10,19 @@
 //! verifies it at the login. What is cached for one service account must not be served to a token that merely claims to be its,
 //! which matters as soon as tokens come from anybody else: docs/security.md says where this stands.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use fuse_secrets_csi::wire::Secret;
-use fuse_secrets_csi::wire::message::Publish;
+use fuse_secrets_csi::wire::message::{DROPPED_SECRETS, Publish};
 use serde::Deserialize;
 use zeroize::Zeroizing;
 
 use super::refusal::{Code, Refusal};
 use crate::class::{Class, Classes, Kind, object_name};
+use crate::config::fault::Broken;
 use crate::config::settings::Settings;
 use crate::config::{AgentConfig, UnknownAttributes, text};
 use crate::reference::{Subject, VolumeSpec};
@@ -30,6 +32,10 @@ use crate::volume::Pod;
 /// Attributes that name a class.
 const PROVIDER_CLASS: &str = "secretProviderClass";
 const STORE_IMPORT: &str = "secretsStoreImport";
+const OVERRIDE: Broken = Broken {
+    rule: Cow::Borrowed("is a parameter of the class, and a pod overrides nothing of it"),
+    remedy: Cow::Borrowed("write it into the class, or remove it"),
+};
 /// Names that are told where one is not found.
 const MOST_NAMES: usize = 5;
 
@@ -52,10 +58,16 @@ pub struct Resolved {
 pub fn resolve(publish: Publish, classes: &dyn Classes, config: &AgentConfig) -> Result<Resolved, Refusal> {
     let Publish { pod, attributes, mut tokens, .. } = publish;
     let (kind, name, mut warnings) = which(&attributes, config.unknown_attributes)?;
+    if pod.contains_key(DROPPED_SECRETS) {
+        warnings.push("nodePublishSecretRef: has no effect, nothing reads it; remove it".to_owned());
+    }
     let pod = context(&pod)?;
     let mut class = find(classes, kind, &pod.namespace, &name)?;
     warnings
         .extend(class.warnings.iter().map(|warning| format!("{class}: {}: {}", warning.field, warning.text)));
+    // Before a token is picked, and before anybody outside of this process hears of it.
+    let allowed = config.policy.check(&class, &pod.namespace, &config.under);
+    allowed.map_err(|faults| Refusal::new(Code::PermissionDenied, faults.to_string()))?;
     let asked = class.settings.login.audience.take().or_else(|| config.under.login.audience.clone());
     let (audience, token) = pick(&mut tokens, asked.as_deref())?;
     let uid = account(&token, &audience, &pod)?;
@@ -113,7 +125,11 @@ fn which(
         let shown: String = name.chars().filter(|c| !c.is_control()).take(63).collect();
         match unknown {
             UnknownAttributes::Reject => {
-                let meant = text::unknown(name, [PROVIDER_CLASS, STORE_IMPORT]);
+                let meant = if is_parameter(name) {
+                    OVERRIDE
+                } else {
+                    text::unknown(name, [PROVIDER_CLASS, STORE_IMPORT])
+                };
                 strange.push(format!("volumeAttributes.{shown}: {}; {}", meant.rule, meant.remedy));
             }
             UnknownAttributes::Ignore => {
@@ -142,6 +158,14 @@ fn which(
         Ok(name) => Ok((kind, name, warnings)),
         Err(fault) => refuse(format!("volumeAttributes.{field}: {}; {}", fault.rule, fault.remedy)),
     }
+}
+
+/// Whether it is a parameter, which other drivers let a pod put over its class's.
+fn is_parameter(name: &str) -> bool {
+    let of_provider =
+        |prefix| name.strip_prefix(prefix).is_some_and(|rest| rest.starts_with(char::is_uppercase));
+    ["roleName", "objects", "audience"].contains(&name)
+        || ["vault", "bao", "openbao"].into_iter().any(of_provider)
 }
 
 fn context(pod: &BTreeMap<String, String>) -> Result<Pod, Refusal> {

@@ -69,8 +69,50 @@ impl Refusal {
 
 impl From<Refusal> for Message {
     fn from(refusal: Refusal) -> Self {
-        Self::Refused(Refused { code: refusal.code as u32, text: refusal.text })
+        Self::Refused(Refused { code: refusal.code as u32, text: event(&refusal.text) })
     }
+}
+
+/// Bytes of a text that becomes an event: those end at 1024, of which kubelet's own words and the volume's name take up to 160.
+const LONGEST_EVENT: usize = 860;
+
+/// A text as long as an event may be: whole lines and how many are left out; of one long line beginning and end, where the remedy
+/// is. The log has all of it.
+pub fn event(text: &str) -> String {
+    /// `\nand 2000 more`.
+    const COUNT: usize = 20;
+    if text.len() <= LONGEST_EVENT {
+        return text.to_owned();
+    }
+    let mut kept = String::new();
+    let mut left = text.lines().count();
+    for line in text.lines() {
+        if kept.is_empty() {
+            kept = shorten(line, LONGEST_EVENT - COUNT);
+        } else if kept.len() + 1 + line.len() <= LONGEST_EVENT - COUNT {
+            kept.extend(["\n", line]);
+        } else {
+            break;
+        }
+        left -= 1;
+    }
+    if left == 0 { kept } else { format!("{kept}\nand {left} more") }
+}
+
+/// At most `room` bytes of a line, without its middle.
+fn shorten(line: &str, room: usize) -> String {
+    const GAP: &str = " ... ";
+    if line.len() <= room {
+        return line.to_owned();
+    }
+    let (mut tail, mut head) = (line.len() - room / 3, room - room / 3 - GAP.len());
+    while !line.is_char_boundary(head) {
+        head -= 1;
+    }
+    while !line.is_char_boundary(tail) {
+        tail += 1;
+    }
+    format!("{}{GAP}{}", &line[..head], &line[tail..])
 }
 
 impl From<FindError> for Refusal {
@@ -179,12 +221,35 @@ mod tests {
 
     #[test]
     fn a_key_that_is_missing_is_not_found_and_names_those_that_exist() {
-        let missing =
-            ExtractError::MissingKey { key: "pasword".to_owned(), available: vec!["password".to_owned()] };
+        let missing = ExtractError::MissingKey {
+            key: "pasword".to_owned(),
+            available: vec!["password".to_owned()],
+            more: 0,
+        };
         let build = BuildError::Extract(vec![("db".to_owned(), missing)]);
         let refusal = Refusal::from(ServeError::Publish(PublishError::Build(build)));
         assert_eq!(refusal.code, Code::NotFound);
         assert_eq!(refusal.text, "db: the secret has no key \"pasword\"; it has \"password\"");
+    }
+
+    #[test]
+    fn a_long_text_is_cut_to_an_event_by_whole_lines_with_a_count() {
+        let short = "a: is unknown; remove it\nb: is unknown; remove it";
+        assert_eq!(event(short), short);
+        let lines: Vec<String> = (0..200).map(|n| format!("field{n}: is unknown; remove it")).collect();
+        let cut = event(&lines.join("\n"));
+        let shown = cut.lines().count() - 1;
+        assert!(cut.len() <= LONGEST_EVENT && cut.len() > LONGEST_EVENT - 60, "{}", cut.len());
+        assert!(cut.starts_with(&lines[..shown].join("\n")), "{cut}");
+        assert!(cut.ends_with(&format!("\nand {} more", 200 - shown)), "{cut}");
+        let long = format!("asked: {}; the remedy", "é".repeat(2_000));
+        let cut = event(&format!("{long}\n{long}"));
+        assert!(cut.len() <= LONGEST_EVENT && cut.starts_with("asked: é"), "{cut}");
+        assert!(cut.ends_with("é; the remedy\nand 1 more") && cut.contains(" ... "), "{cut}");
+        let Message::Refused(message) = Refusal::new(Code::NotFound, long).into() else {
+            panic!("not a refusal")
+        };
+        assert!(message.text.len() <= LONGEST_EVENT);
     }
 
     #[test]

@@ -24,8 +24,9 @@ use super::{Answer, Lease};
 use crate::reference::Encoding;
 use crate::secret::SecretBytes;
 
-/// How many key names an error lists: enough to see a typing mistake, short enough for one event.
+/// How many key names an error lists, and how many bytes of them: enough to see a typing mistake, short enough for one event.
 const NAMES_LISTED: usize = 20;
+const NAMES_BYTES: usize = 300;
 
 /// Why a body is no answer. Says nothing of its content but the store's own warnings.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -48,12 +49,14 @@ pub enum ParseError {
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ExtractError {
     /// The secret has no such key.
-    #[error("the secret has no key {key:?}; {}", names(available))]
+    #[error("the secret has no key {key:?}; {}", names(available, *more))]
     MissingKey {
         /// The key that was asked for.
         key: String,
-        /// The names that exist, those that look like `key` first, then by the alphabet; at most 20.
+        /// The names that exist, those that look like `key` first, then by the alphabet; at most 20, and 300 bytes.
         available: Vec<String>,
+        /// How many more there are.
+        more: usize,
     },
     /// The text is not what the file's encoding promises.
     #[error("the value is not valid {encoding}: {problem}{}", at(*position))]
@@ -181,10 +184,11 @@ fn value(body: &[u8], key: &str) -> Result<SecretBytes, ExtractError> {
     let Members(members) = serde_json::from_str(secret.get()).map_err(|_| ExtractError::Shape)?;
     match members.iter().rev().find(|(name, _)| name == key) {
         Some((_, value)) => Ok(bytes_of(value)),
-        None => Err(ExtractError::MissingKey {
-            key: key.to_owned(),
-            available: closest_first(key, members.into_iter().map(|(name, _)| name.into_owned()).collect()),
-        }),
+        None => {
+            let names = members.into_iter().map(|(name, _)| name.into_owned()).collect();
+            let (available, more) = closest_first(key, names);
+            Err(ExtractError::MissingKey { key: key.to_owned(), available, more })
+        }
     }
 }
 
@@ -205,7 +209,8 @@ fn whole(body: &[u8]) -> Result<SecretBytes, ExtractError> {
     Ok(SecretBytes::new(std::mem::take(&mut *bytes)))
 }
 
-fn closest_first(key: &str, mut names: Vec<String>) -> Vec<String> {
+/// The names worth listing, and how many are left out.
+fn closest_first(key: &str, mut names: Vec<String>) -> (Vec<String>, usize) {
     /// A third of the name mistyped is still the same name; more is another one.
     fn distance(key: &str, name: &str) -> usize {
         let distance = strsim::damerau_levenshtein(&key.to_lowercase(), &name.to_lowercase());
@@ -214,12 +219,24 @@ fn closest_first(key: &str, mut names: Vec<String>) -> Vec<String> {
     names.sort();
     names.dedup();
     names.sort_by_cached_key(|name| distance(key, name));
-    names.truncate(NAMES_LISTED);
-    names
+    let all = names.len();
+    let mut bytes = 0;
+    let fits = names.iter().take(NAMES_LISTED).take_while(|name| {
+        bytes += name.len();
+        bytes <= NAMES_BYTES
+    });
+    let listed = fits.count();
+    names.truncate(listed);
+    (names, all - listed)
 }
 
-fn names(names: &[String]) -> String {
-    if names.is_empty() { "it has none".to_owned() } else { list("it has ", names, "") }
+fn names(names: &[String], more: usize) -> String {
+    match (names, more) {
+        ([], 0) => "it has none".to_owned(),
+        ([], more) => format!("it has {more} with long names"),
+        (names, 0) => list("it has ", names, ""),
+        (names, more) => list("it has ", names, &format!(" and {more} more")),
+    }
 }
 
 fn list(before: &str, items: &[String], after: &str) -> String {

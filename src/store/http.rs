@@ -13,12 +13,16 @@ mod body;
 mod failure;
 /// The cluster's members, and where a redirect may lead.
 mod member;
+/// Which addresses and files are out of reach.
+pub(super) mod reach;
+/// Whose certificate a server shows.
+mod shown;
 /// Whom a connection trusts and how it shows itself.
 mod tls;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
 use dashmap::DashMap;
 use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
@@ -26,6 +30,7 @@ use reqwest::{Method, StatusCode};
 use tokio::time::timeout_at;
 
 use self::member::Member;
+use self::reach::Reach;
 use super::error::{Unusable, came_back};
 use super::retry::{self, Failure, Next};
 use super::{ErrorKind, StoreError};
@@ -77,6 +82,7 @@ pub(super) struct Http {
     pools: DashMap<Connection, Arc<Pool>>,
     uses: AtomicU64,
     metrics: Arc<Metrics>,
+    reach: Reach,
 }
 
 /// One cluster.
@@ -87,11 +93,13 @@ struct Pool {
     stamp: tls::Stamp,
     /// When it was used last, counted in uses of all pools.
     used: AtomicU64,
+    /// Since when nobody answers: the first question after the last answer that got none.
+    silent: Mutex<Option<SystemTime>>,
 }
 
 impl Http {
-    pub(super) fn new(metrics: Arc<Metrics>) -> Self {
-        Self { pools: DashMap::new(), uses: AtomicU64::new(0), metrics }
+    pub(super) fn new(metrics: Arc<Metrics>, reach: Reach) -> Self {
+        Self { pools: DashMap::new(), uses: AtomicU64::new(0), metrics, reach }
     }
 
     /// Asks the cluster.
@@ -111,6 +119,7 @@ impl Http {
                 match member.exchange(&ask, &headers, body.as_ref()).await {
                     Ok(reply) => {
                         pool.preferred.store(index, Ordering::Relaxed);
+                        pool.answered();
                         return Ok(reply);
                     }
                     Err(failure) => {
@@ -126,7 +135,7 @@ impl Http {
             round += 1;
             let resume = Instant::now() + retry::pause(round - 1, error.retry_after);
             if next == Next::Stop || !error.is_retryable() || round >= ask.rounds || resume >= ask.deadline {
-                return Err(error);
+                return Err(pool.silent(error));
             }
             tokio::time::sleep_until(resume.into()).await;
         }
@@ -141,13 +150,13 @@ impl Http {
             pool.used.store(used, Ordering::Relaxed);
             return Ok(Arc::clone(pool));
         }
-        let connection = ask.connection.clone();
+        let (connection, reach) = (ask.connection.clone(), self.reach.clone());
         let made = tokio::task::spawn_blocking(move || {
             let stamp = tls::stamp(&connection);
             if let Some(pool) = known.as_ref().filter(|pool| pool.stamp == stamp) {
                 return Ok((Arc::clone(pool), false));
             }
-            match (Pool::new(&connection, stamp), known) {
+            match (Pool::new(&connection, &reach, stamp), known) {
                 (Ok(pool), _) => Ok((Arc::new(pool), true)),
                 // Files that are being replaced, or were damaged: what was trusted a moment ago still is.
                 (Err(fault), Some(pool)) => {
@@ -197,13 +206,33 @@ impl Http {
 
 impl Pool {
     /// Blocks.
-    fn new(connection: &Connection, stamp: tls::Stamp) -> Result<Self, Unusable> {
+    fn new(connection: &Connection, reach: &Reach, stamp: tls::Stamp) -> Result<Self, Unusable> {
         Ok(Self {
-            members: Member::all(connection)?,
+            members: Member::all(connection, reach)?,
             preferred: AtomicUsize::new(0),
             stamp,
             used: AtomicU64::new(0),
+            silent: Mutex::default(),
         })
+    }
+
+    fn answered(&self) {
+        *self.silent.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Adds since when this is so. The moment and not the time that has passed: an event that is repeated stays one event.
+    fn silent(&self, mut error: StoreError) -> StoreError {
+        if matches!(error.kind, ErrorKind::Unreachable | ErrorKind::Unavailable | ErrorKind::Deadline) {
+            let mut silent = self.silent.lock().unwrap_or_else(PoisonError::into_inner);
+            match *silent {
+                Some(since) => {
+                    let since = humantime::format_rfc3339_seconds(since);
+                    error.answered = format!("{}, since {since}", error.answered);
+                }
+                None => *silent = Some(SystemTime::now()),
+            }
+        }
+        error
     }
 
     /// The members with their indices: the one that answered last, then the others as they were named.

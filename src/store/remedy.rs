@@ -117,7 +117,9 @@ fn who(identity: &Identity) -> String {
             format!("role id {:?} at auth/{} ({})", auth.role, auth.mount, subject(identity))
         }
         AuthMethod::Kubernetes | AuthMethod::Jwt => {
-            format!("role {:?} at auth/{} ({})", auth.role, auth.mount, subject(identity))
+            let audience =
+                auth.audience.as_ref().map(|name| format!(", audience {name:?}")).unwrap_or_default();
+            format!("role {:?} at auth/{} ({}{audience})", auth.role, auth.mount, subject(identity))
         }
     }
 }

@@ -11,7 +11,7 @@ use tokio::net::TcpListener;
 use tokio_rustls::TlsAcceptor;
 
 use super::vault::Vault;
-use super::{Answer, Store as _, StoreError};
+use super::{Answer, Reach, Store as _, StoreError};
 use crate::metrics::Metrics;
 use crate::reference::{Address, Auth, AuthMethod, Connection, Identity, Method, Request, Subject};
 use crate::secret::Token;
@@ -239,8 +239,13 @@ pub(super) struct Client {
 
 impl Client {
     pub(super) fn new() -> Self {
+        Self::within(Reach::anywhere())
+    }
+
+    /// One that does not reach everything.
+    pub(super) fn within(reach: Reach) -> Self {
         let metrics = Arc::<Metrics>::default();
-        Self { vault: Vault::new(Arc::clone(&metrics)), metrics }
+        Self { vault: Vault::within(Arc::clone(&metrics), reach), metrics }
     }
 
     /// Reads `path` over `connection`.
@@ -265,7 +270,7 @@ pub(super) fn decent(error: StoreError) -> StoreError {
 }
 
 /// A certificate authority that exists for one test.
-pub(super) struct Authority(CertifiedIssuer<'static, KeyPair>);
+pub(super) struct Authority(CertifiedIssuer<'static, KeyPair>, String);
 
 impl Authority {
     pub(super) fn new() -> Self {
@@ -275,7 +280,13 @@ impl Authority {
         // Authorities with one name would be taken for one another.
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         params.distinguished_name.push(DnType::CommonName, format!("authority {number}"));
-        Self(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
+        let name = format!("CN=authority {number}");
+        Self(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap(), name)
+    }
+
+    /// As a certificate of it says who signed it.
+    pub(super) fn name(&self) -> &str {
+        &self.1
     }
 
     pub(super) fn pem(&self) -> String {

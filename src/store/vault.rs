@@ -11,7 +11,7 @@ use super::error::{Unusable, came_back, one_line};
 use super::http::{Ask, Http, Reply};
 use super::login::{self, Question};
 use super::remedy::{self, Mount};
-use super::{Answer, Credential, ErrorKind, Login, Store, StoreError, retry};
+use super::{Answer, Credential, ErrorKind, Login, Reach, Store, StoreError, retry};
 use crate::metrics::Metrics;
 use crate::reference::{Identity, Method, Request};
 use crate::secret::{SecretBytes, Token};
@@ -30,7 +30,13 @@ impl Vault {
     /// A client without connections; they are made when they are first needed.
     #[must_use]
     pub fn new(metrics: Arc<Metrics>) -> Self {
-        Self { http: Http::new(Arc::clone(&metrics)), metrics }
+        Self::within(metrics, Reach::anywhere())
+    }
+
+    /// The same for whoever asks on behalf of others.
+    #[must_use]
+    pub fn within(metrics: Arc<Metrics>, reach: Reach) -> Self {
+        Self { http: Http::new(Arc::clone(&metrics), reach), metrics }
     }
 
     async fn missing(

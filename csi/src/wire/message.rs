@@ -27,6 +27,9 @@ use zeroize::Zeroizing;
 
 use super::Fault;
 
+/// Among what [`Publish::pod`] says, beside kubelet's keys: the pod has a `nodePublishSecretRef`, whose content was dropped.
+pub const DROPPED_SECRETS: &str = "nodePublishSecretRef";
+
 /// A token on its way: wiped on drop, without `Debug`, `Clone` or `Serialize` of its own.
 pub struct Secret(Zeroizing<String>);
 

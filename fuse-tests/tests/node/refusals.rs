@@ -316,3 +316,57 @@ fn a_volume_that_is_there_is_never_refused_again() {
     world.node.unpublish(&volume).unwrap();
     assert_eq!((world.node.holdings().mounts, world.node.holdings().targets.len()), (0, 0));
 }
+
+#[test]
+fn a_class_that_names_another_store_is_refused_and_nobody_there_hears_of_it() {
+    let Some(world) = World::new(&["--allow", "[{namespaces: [other], addresses: ['*']}]"]) else { return };
+    let stranger = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    stranger.set_nonblocking(true).unwrap();
+    let address = format!("http://{}", stranger.local_addr().unwrap());
+    world.class("elsewhere", &[("vaultAddress", &address), ("vaultNamespace", "team-a")]);
+    let volume = world.node.volume("web-0", "elsewhere");
+    let words = [
+        "SecretProviderClass shop/elsewhere: spec.parameters.vaultAddress: is not an address that namespace shop may use",
+        "spec.parameters.vaultNamespace: is not a namespace of the store that namespace shop may use",
+    ];
+    let text = "; ask the operator to add it to `addresses` below `allow` in the agent's configuration, or remove it";
+    world.refuses(&volume, Code::PermissionDenied, &words, &[text]);
+    assert_eq!(stranger.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    let own = world.node.cluster.store.address();
+    world.class("elsewhere", &[("vaultAddress", &own), ("vaultAuthMountPath", "jwt")]);
+    world.heals(&volume, "password", "p");
+}
+
+#[test]
+fn a_store_on_the_node_itself_is_asked_only_by_an_agent_that_is_told_to() {
+    let Some(mut world) = World::new(&["--allow-local-addresses=false"]) else { return };
+    world.class("app", &[]);
+    let volume = world.node.volume("web-0", "app");
+    let text = "not asked: it is a loopback, link-local or metadata address";
+    let words = ["set allowLocalAddresses: true for the agent"];
+    world.refuses(&volume, Code::FailedPrecondition, &words, &[text]);
+    let first = world.node.wait_served().agent;
+    world.node.start_agent(&[]);
+    wait::until_true("the second agent", PATIENCE, || world.node.wait_served().agent > first);
+    world.node.agents()[0].process.stop();
+    world.empty = settled(&world.node);
+    world.heals(&volume, "password", "p");
+}
+
+#[test]
+fn secrets_that_a_pod_names_for_the_driver_are_dropped_with_a_warning() {
+    const CANARY: &str = "cAnArY-7f3a";
+    let Some(world) = World::new(&[]) else { return };
+    world.class("app", &[]);
+    let volume = world.node.volume("web-0", "app");
+    let mut request = volume.request();
+    request.secrets.insert("password".to_owned(), CANARY.to_owned());
+    let mut client = world.node.kubelet().client();
+    world.node.block_on(client.node_publish_volume(request)).unwrap();
+    assert_eq!(std::fs::read_to_string(volume.join("password")).unwrap(), "p");
+    let logs = world.node.logs();
+    assert!(logs.contains("nodePublishSecretRef: has no effect, nothing reads it; remove it"), "{logs}");
+    assert!(!logs.contains(CANARY));
+    world.node.unpublish(&volume).unwrap();
+    world.node.wait_settled(&world.empty);
+}

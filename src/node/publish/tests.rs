@@ -33,7 +33,11 @@ fn classes() -> Scripted {
          objects: |\n      - {objectName: a, secretPath: secret/data/a, secretKey: k}\n";
     let names = ["cache", "database", "mail", "queue", "search", "tracing"];
     let imports: String = names.map(|name| import(name, "")).concat();
-    Scripted(imports + &import("audible", "  audience: team\n") + provider)
+    let elsewhere = "---\napiVersion: secrets-store.csi.x-k8s.io/v1\nkind: SecretProviderClass\n\
+         metadata: {name: elsewhere, namespace: app}\nspec:\n  provider: vault\n  secretObjects: [{secretName: s}]\n  \
+         parameters:\n    roleName: web\n    vaultAddress: https://other.example:8200\n    vaultSkipTLSVerify: \"true\"\n    \
+         objects: |\n      - {objectName: a, secretPath: secret/data/a, secretKey: k}\n";
+    Scripted(imports + &import("audible", "  audience: team\n") + provider + elsewhere)
 }
 
 fn token(namespace: &str, name: &str) -> String {
@@ -105,6 +109,43 @@ fn what_a_class_says_wins_over_the_agents_configuration() {
 }
 
 #[test]
+fn a_class_that_leads_elsewhere_is_refused_before_a_token_is_looked_at() {
+    let without = Publish { tokens: tokens(&[]), ..publish(&[(PROVIDER_CLASS, "elsewhere")]) };
+    let refusal = refused(without);
+    assert_eq!(refusal.code, Code::PermissionDenied);
+    assert_eq!(
+        refusal.text,
+        "SecretProviderClass app/elsewhere: spec.parameters.vaultAddress: is not an address that namespace app may use; ask \
+         the operator to add it to `addresses` below `allow` in the agent's configuration, or remove it\n\
+         SecretProviderClass app/elsewhere: spec.parameters.vaultSkipTLSVerify: is true, which namespace app may not say; ask \
+         the operator to set `skipVerify: true` below `allow` in the agent's configuration, or remove it"
+    );
+    let allow = "allow: [{namespaces: [\"a*\"], addresses: [https://other.example:8200], skipVerify: true}]";
+    let resolved = resolve(publish(&[(PROVIDER_CLASS, "elsewhere")]), &classes(), &config(allow)).unwrap();
+    assert_eq!(resolved.spec.identity.connection.addresses[0].to_string(), "https://other.example:8200");
+    // The operator's list is of the pod's namespace, whatever the class's file says of its own.
+    let other = allow.replace("a*", "b*");
+    assert!(resolve(publish(&[(PROVIDER_CLASS, "elsewhere")]), &classes(), &config(&other)).is_err());
+}
+
+#[test]
+fn what_has_no_effect_is_a_warning_for_the_pods_owner() {
+    let allow = "allow: [{namespaces: [app], addresses: [https://other.example:8200], skipVerify: true}]";
+    let mut publish = publish(&[(PROVIDER_CLASS, "elsewhere")]);
+    publish.pod.insert(DROPPED_SECRETS.to_owned(), String::new());
+    let resolved = resolve(publish, &classes(), &config(allow)).unwrap();
+    assert_eq!(
+        resolved.warnings,
+        [
+            "nodePublishSecretRef: has no effect, nothing reads it; remove it",
+            "SecretProviderClass app/elsewhere: spec.secretObjects: not synced yet: the volume works, but no Kubernetes Secret is made",
+            "SecretProviderClass app/elsewhere: spec.parameters.vaultSkipTLSVerify: any certificate is accepted: who stands in between reads tokens and \
+         secrets",
+        ]
+    );
+}
+
+#[test]
 fn attributes_must_name_one_class() {
     for (attributes, text) in [
         (
@@ -125,8 +166,8 @@ fn attributes_must_name_one_class() {
         ),
         (
             &[DATABASE, ("objects", "[]"), ("role", "admin")],
-            "volumeAttributes.objects: is unknown; remove it; known are secretProviderClass, secretsStoreImport\n\
-             volumeAttributes.role: is unknown; remove it; known are secretProviderClass, secretsStoreImport",
+            "volumeAttributes.objects: is a parameter of the class, and a pod overrides nothing of it; write it into the class, or \
+             remove it\nvolumeAttributes.role: is unknown; remove it; known are secretProviderClass, secretsStoreImport",
         ),
     ] {
         let refusal = refused(publish(attributes));
@@ -272,6 +313,7 @@ fn the_errors_document_has_the_texts_of_a_refused_publish() {
         with(&[]),
         with(&[(PROVIDER_CLASS, "legacy"), DATABASE]),
         with(&[("secretProvderClass", "legacy")]),
+        with(&[DATABASE, ("roleName", "admin")]),
         with(&[(STORE_IMPORT, "databse")]),
         with(&[(PROVIDER_CLASS, "database")]),
         refused(elsewhere),
@@ -280,5 +322,8 @@ fn the_errors_document_has_the_texts_of_a_refused_publish() {
         refused(Publish { pod: BTreeMap::new(), ..publish(&[DATABASE]) }),
     ] {
         assert!(document.contains(&format!("``{refusal}``")), "docs/errors.md lacks\n{refusal}");
+    }
+    for line in with(&[(PROVIDER_CLASS, "elsewhere")]).text.lines() {
+        assert!(document.contains(&format!("``{line}``")), "docs/errors.md lacks\n{line}");
     }
 }

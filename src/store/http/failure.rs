@@ -7,6 +7,8 @@ use rustls::{AlertDescription, CertificateError};
 
 use super::super::{ErrorKind, error::one_line};
 use super::CONNECT_TIMEOUT;
+use super::reach::{Local, Reach};
+use super::shown::{self, Shown};
 use crate::reference::{Address, Connection, Pem};
 
 /// A transport error in words.
@@ -17,9 +19,19 @@ pub(super) struct Words {
 }
 
 /// Words for an exchange with `address` that gave no answer.
-pub(super) fn words(error: &reqwest::Error, address: &Address, connection: &Connection) -> Words {
+pub(super) async fn words(
+    error: &reqwest::Error,
+    address: &Address,
+    connection: &Connection,
+    reach: &Reach,
+) -> Words {
     if let Some(tls) = find::<rustls::Error>(error) {
-        return tls_words(tls, address, connection);
+        let unknown = rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer);
+        let shown = if *tls == unknown { shown::certificate(address, connection, reach).await } else { None };
+        return tls_words(tls, address, connection, shown);
+    }
+    if find::<Local>(error).is_some() {
+        return local();
     }
     let (kind, answered, remedy) = if error.is_dns() {
         let host = address.url().host_str().unwrap_or_default();
@@ -47,13 +59,35 @@ pub(super) fn words(error: &reqwest::Error, address: &Address, connection: &Conn
     Words { kind, answered, remedy: Some(remedy) }
 }
 
-fn tls_words(error: &rustls::Error, address: &Address, connection: &Connection) -> Words {
+/// Words for an address that is out of reach, whether it was written or a name led to it.
+pub(super) fn local() -> Words {
+    Words {
+        kind: ErrorKind::Refused,
+        answered: format!("not asked: {Local}"),
+        remedy: Some(
+            "correct the address, or have the operator set allowLocalAddresses: true for the agent"
+                .to_owned(),
+        ),
+    }
+}
+
+fn tls_words(
+    error: &rustls::Error,
+    address: &Address,
+    connection: &Connection,
+    shown: Option<Shown>,
+) -> Words {
     use CertificateError as Fault;
     let expected = connection.server_name.as_deref().or(address.url().host_str()).unwrap_or_default();
+    let whose = shown.map(|Shown { subject, issuer }| format!(" ({subject}, signed by {issuer})"));
     let (answered, remedy) = match error {
         rustls::Error::InvalidCertificate(fault) => match fault {
             Fault::UnknownIssuer | Fault::BadSignature => (
-                format!("the certificate of {expected} is not signed by {}", trusted(connection)),
+                format!(
+                    "the certificate of {expected}{} is not signed by {}",
+                    whose.unwrap_or_default(),
+                    trusted(connection)
+                ),
                 "name the CA that signed the store's certificate".to_owned(),
             ),
             Fault::Expired | Fault::ExpiredContext { .. } => (

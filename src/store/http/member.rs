@@ -4,13 +4,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
-use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use reqwest::header::{HOST, HeaderMap, HeaderValue, LOCATION};
 use reqwest::{Client, Response, StatusCode};
 use tokio::time::timeout_at;
 use url::Url;
 
 use super::body::{self, BodyError};
+use super::reach::{Names, Reach};
 use super::{Ask, CONNECT_TIMEOUT, IDLE_TIMEOUT, REQUEST_TIMEOUT, Reply, asked, failure, tls, verdict};
 use crate::reference::{Address, Connection};
 use crate::secret::SecretBytes;
@@ -22,6 +22,7 @@ use crate::store::{ErrorKind, StoreError};
 pub(super) struct Member {
     address: Address,
     client: Client,
+    reach: Reach,
 }
 
 /// What one request gave.
@@ -33,14 +34,14 @@ struct Exchange {
 
 impl Member {
     /// All members of a cluster. They share one client, unless a server name asks for one each. Blocks.
-    pub(super) fn all(connection: &Connection) -> Result<Vec<Self>, Unusable> {
+    pub(super) fn all(connection: &Connection, reach: &Reach) -> Result<Vec<Self>, Unusable> {
         let mut members: Vec<Self> = Vec::with_capacity(connection.addresses.len());
         for address in &connection.addresses {
             let client = match members.first() {
                 Some(first) if connection.server_name.is_none() => first.client.clone(),
-                _ => client(connection, address)?,
+                _ => client(connection, address, reach)?,
             };
-            members.push(Self { address: address.clone(), client });
+            members.push(Self { address: address.clone(), client, reach: reach.clone() });
         }
         Ok(members)
     }
@@ -82,7 +83,7 @@ impl Member {
         headers: &HeaderMap,
         body: Option<&Bytes>,
     ) -> Result<Exchange, Failure> {
-        let exchange = send(&self.client, &self.address, ask, headers, body).await?;
+        let exchange = self.send(&self.client, &self.address, ask, headers, body).await?;
         if !is_redirect(exchange.status) {
             return Ok(exchange);
         }
@@ -92,8 +93,8 @@ impl Member {
             unsent(failed(ask, &self.address, ErrorKind::Refused, &answered, Some(remedy)))
         })?;
         let client = if ask.connection.server_name.is_some() {
-            let (connection, to) = (ask.connection.clone(), target.clone());
-            let made = tokio::task::spawn_blocking(move || client(&connection, &to)).await;
+            let (connection, to, reach) = (ask.connection.clone(), target.clone(), self.reach.clone());
+            let made = tokio::task::spawn_blocking(move || client(&connection, &to, &reach)).await;
             let Ok(Ok(client)) = made else {
                 let answered = format!("no client for the redirect to {target} could be made");
                 return Err(unsent(failed(ask, &self.address, ErrorKind::Local, &answered, None)));
@@ -102,53 +103,63 @@ impl Member {
         } else {
             self.client.clone()
         };
-        let exchange = send(&client, &target, ask, headers, body).await?;
+        let exchange = self.send(&client, &target, ask, headers, body).await?;
         if is_redirect(exchange.status) {
             let answered = format!("{} again, from {target} to which it redirects", exchange.status.as_u16());
             return Err(unsent(failed(ask, &self.address, ErrorKind::Unavailable, &answered, None)));
         }
         Ok(exchange)
     }
-}
 
-/// One request to one address and its whole answer.
-async fn send(
-    client: &Client,
-    address: &Address,
-    ask: &Ask<'_>,
-    headers: &HeaderMap,
-    body: Option<&Bytes>,
-) -> Result<Exchange, Failure> {
-    let mut url = url(address, ask).map_err(|rule| {
-        let answered = format!("not asked: {rule}");
-        unsent(failed(ask, address, ErrorKind::Refused, &answered, Some("correct the path")))
-    })?;
-    let mut request = client.request(ask.method.clone(), url.clone()).headers(headers.clone());
-    if let Some(name) = certified_name(ask.connection, address) {
-        // TLS goes by the URL's name, the client's resolver takes it to the address, the store sees the address.
-        let host = HeaderValue::from_str(&url[url::Position::BeforeHost..url::Position::AfterPort]);
-        if url.set_host(Some(name)).is_ok() {
-            request = client.request(ask.method.clone(), url).headers(headers.clone());
-            request = host.into_iter().fold(request, |request, host| request.header(HOST, host));
+    /// One request to one address and its whole answer.
+    async fn send(
+        &self,
+        client: &Client,
+        address: &Address,
+        ask: &Ask<'_>,
+        headers: &HeaderMap,
+        body: Option<&Bytes>,
+    ) -> Result<Exchange, Failure> {
+        let mut url = url(address, ask).map_err(|rule| {
+            let answered = format!("not asked: {rule}");
+            unsent(failed(ask, address, ErrorKind::Refused, &answered, Some("correct the path")))
+        })?;
+        if !self.reach.permits(address) {
+            let words = failure::local();
+            return Err(unsent(failed(ask, address, words.kind, &words.answered, words.remedy.as_deref())));
         }
-    }
-    if let Some(body) = body {
-        request = request.body(body.clone());
-    }
-    let in_words = |error: &reqwest::Error| {
-        let words = failure::words(error, address, ask.connection);
-        let failure = failed(ask, address, words.kind, &words.answered, words.remedy.as_deref());
-        Failure { may_have_acted: !error.is_connect(), ..failure }
-    };
-    let mut response: Response = request.send().await.map_err(|error| in_words(&error))?;
-    let body = body::incoming(&mut response).await.map_err(|error| match error {
-        BodyError::Broken(error) => in_words(&error),
-        BodyError::TooLarge => {
-            let answered = format!("an answer of more than {} MiB", body::LARGEST_ANSWER >> 20);
-            failed(ask, address, ErrorKind::Malformed, &answered, Some("split the secret into smaller ones"))
+        let mut request = client.request(ask.method.clone(), url.clone()).headers(headers.clone());
+        if let Some(name) = certified_name(ask.connection, address) {
+            // TLS goes by the URL's name, the client's resolver takes it to the address, the store sees the address.
+            let host = HeaderValue::from_str(&url[url::Position::BeforeHost..url::Position::AfterPort]);
+            if url.set_host(Some(name)).is_ok() {
+                request = client.request(ask.method.clone(), url).headers(headers.clone());
+                request = host.into_iter().fold(request, |request, host| request.header(HOST, host));
+            }
         }
-    })?;
-    Ok(Exchange { status: response.status(), headers: std::mem::take(response.headers_mut()), body })
+        if let Some(body) = body {
+            request = request.body(body.clone());
+        }
+        let in_words = async |error: reqwest::Error| {
+            let words = failure::words(&error, address, ask.connection, &self.reach).await;
+            let failure = failed(ask, address, words.kind, &words.answered, words.remedy.as_deref());
+            Failure { may_have_acted: !error.is_connect(), ..failure }
+        };
+        let mut response: Response = match request.send().await {
+            Ok(response) => response,
+            Err(error) => return Err(in_words(error).await),
+        };
+        let body = match body::incoming(&mut response).await {
+            Ok(body) => body,
+            Err(BodyError::Broken(error)) => return Err(in_words(error).await),
+            Err(BodyError::TooLarge) => {
+                let answered = format!("an answer of more than {} MiB", body::LARGEST_ANSWER >> 20);
+                let remedy = Some("split the secret into smaller ones");
+                return Err(failed(ask, address, ErrorKind::Malformed, &answered, remedy));
+            }
+        };
+        Ok(Exchange { status: response.status(), headers: std::mem::take(response.headers_mut()), body })
+    }
 }
 
 /// Whom a redirect names, if the question may be repeated there: same path and query, not from https to http, and a host
@@ -200,7 +211,7 @@ fn certified_name<'a>(connection: &'a Connection, address: &Address) -> Option<&
 }
 
 /// A client for one address, or for all if no server name is set. Blocks.
-fn client(connection: &Connection, address: &Address) -> Result<Client, Unusable> {
+fn client(connection: &Connection, address: &Address, reach: &Reach) -> Result<Client, Unusable> {
     let mut builder = Client::builder()
         .connect_timeout(CONNECT_TIMEOUT)
         .pool_idle_timeout(IDLE_TIMEOUT)
@@ -209,7 +220,7 @@ fn client(connection: &Connection, address: &Address) -> Result<Client, Unusable
         .referer(false)
         .user_agent(concat!("fuse-secrets/", env!("CARGO_PKG_VERSION")))
         .no_proxy();
-    builder = tls::configure(builder, connection)?;
+    builder = tls::configure(builder, connection, reach)?;
     if let Some(name) = certified_name(connection, address) {
         if url::Host::parse(name).map_or(true, |host| !matches!(host, url::Host::Domain(_))) {
             return Err(Unusable {
@@ -224,7 +235,11 @@ fn client(connection: &Connection, address: &Address) -> Result<Client, Unusable
                 remedy: "write the name into the store's address",
             });
         }
-        builder = builder.dns_resolver(Arc::new(Fixed(address.clone())));
+        let names = Names { fixed: Some(address.clone()), reach: reach.clone() };
+        builder = builder.dns_resolver(Arc::new(names));
+    } else if !reach.local_addresses && connection.proxy.is_none() {
+        // Beside a proxy the only name that is resolved here is the proxy's, which only an operator can set.
+        builder = builder.dns_resolver(Arc::new(Names { fixed: None, reach: reach.clone() }));
     }
     if let Some(proxy) = &connection.proxy {
         let proxy = reqwest::Proxy::all(proxy.clone()).map_err(|_| Unusable {
@@ -237,19 +252,6 @@ fn client(connection: &Connection, address: &Address) -> Result<Client, Unusable
         what: format!("no TLS client could be made ({})", failure::root(&error)),
         remedy: "name the CA that signed the store's certificate; this system may have none",
     })
-}
-
-/// Takes every name to one address.
-struct Fixed(Address);
-
-impl Resolve for Fixed {
-    fn resolve(&self, _: Name) -> Resolving {
-        let host = self.0.url().host_str().unwrap_or_default().trim_matches(['[', ']']).to_owned();
-        Box::pin(async move {
-            let addresses: Vec<_> = tokio::net::lookup_host((host, 0)).await?.collect();
-            Ok(Box::new(addresses.into_iter()) as Addrs)
-        })
-    }
 }
 
 /// A failure after which it is unknown whether the store acted.

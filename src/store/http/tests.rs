@@ -1,5 +1,6 @@
 //! How questions travel, against a scripted server.
 
+mod reach;
 mod tls;
 
 use std::time::{Duration, Instant};
@@ -63,6 +64,20 @@ async fn a_store_that_stays_down_is_given_up_with_its_own_words() {
         )
     );
     assert_eq!(server.count(), 4);
+}
+
+#[tokio::test]
+async fn a_store_that_is_silent_for_longer_is_told_with_the_moment_until_it_answers() {
+    let server = Server::start(|n, _| if n == 8 { say(200, SECRET) } else { say(503, "{}") }).await;
+    let (client, to) = (Client::new(), connection(&[&server.url()]));
+    let first = client.refused(&to, "secret/data/app").await;
+    assert_eq!(first.answered, "503");
+    let second = client.refused(&to, "secret/data/app").await;
+    let since = second.answered.strip_prefix("503, since ").unwrap_or_else(|| panic!("{second}"));
+    let age = humantime::parse_rfc3339(since).unwrap().elapsed().unwrap();
+    assert!(age < Duration::from_secs(60), "{age:?}");
+    client.read(&to, "secret/data/app").await.unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(client.refused(&to, "secret/data/app").await.answered, "503");
 }
 
 #[tokio::test]
@@ -284,7 +299,7 @@ async fn a_connection_without_an_address_is_an_error() {
 #[tokio::test]
 async fn many_connections_do_not_pile_up() {
     let server = Server::start(|_, _| say(200, SECRET)).await;
-    let http = super::Http::new(std::sync::Arc::default());
+    let http = super::Http::new(std::sync::Arc::default(), super::Reach::anywhere());
     for n in 0..super::MOST_POOLS + 10 {
         let mut to = connection(&[&server.url()]);
         to.namespace = Some(format!("n{n}"));

@@ -8,6 +8,7 @@ use std::time::SystemTime;
 use reqwest::{Certificate, ClientBuilder};
 use zeroize::Zeroizing;
 
+use super::reach::Reach;
 use crate::reference::{Connection, Pem};
 use crate::store::error::Unusable;
 
@@ -41,11 +42,15 @@ pub(super) fn stamp(connection: &Connection) -> Stamp {
 }
 
 /// Adds trust and client certificate to a client. A CA replaces the system's roots. Blocks.
-pub(super) fn configure(builder: ClientBuilder, connection: &Connection) -> Result<ClientBuilder, Unusable> {
+pub(super) fn configure(
+    builder: ClientBuilder,
+    connection: &Connection,
+    reach: &Reach,
+) -> Result<ClientBuilder, Unusable> {
     let mut builder = if connection.skip_verify {
         builder.tls_danger_accept_invalid_certs(true)
     } else if let Some(ca) = &connection.ca {
-        builder.tls_certs_only(authorities(ca)?)
+        builder.tls_certs_only(authorities(ca, reach)?)
     } else if connection.addresses.iter().any(crate::reference::Address::is_https) {
         builder
     } else {
@@ -55,7 +60,7 @@ pub(super) fn configure(builder: ClientBuilder, connection: &Connection) -> Resu
     if let Some(client) = &connection.client_certificate {
         let mut pem = Zeroizing::new(Vec::new());
         for path in [&client.certificate, &client.key] {
-            read(path, &mut pem)?;
+            read(path, reach, &mut pem)?;
             pem.push(b'\n');
         }
         let identity = reqwest::Identity::from_pem(&pem).map_err(|_| Unusable {
@@ -71,7 +76,7 @@ pub(super) fn configure(builder: ClientBuilder, connection: &Connection) -> Resu
     Ok(builder)
 }
 
-fn authorities(ca: &Pem) -> Result<Vec<Certificate>, Unusable> {
+fn authorities(ca: &Pem, reach: &Reach) -> Result<Vec<Certificate>, Unusable> {
     let mut pem = Zeroizing::new(Vec::new());
     let place = match ca {
         Pem::Text(text) => {
@@ -79,12 +84,12 @@ fn authorities(ca: &Pem) -> Result<Vec<Certificate>, Unusable> {
             "the configured CA text".to_owned()
         }
         Pem::File(path) => {
-            read(path, &mut pem)?;
+            read(path, reach, &mut pem)?;
             format!("CA file {}", path.display())
         }
         Pem::Directory(path) => {
             for file in files_of(path).map_err(|error| unreadable(path, &error))? {
-                read(&file, &mut pem)?;
+                read(&file, reach, &mut pem)?;
                 pem.push(b'\n');
             }
             format!("CA directory {}", path.display())
@@ -113,9 +118,9 @@ fn files_of(directory: &Path) -> std::io::Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-fn read(path: &Path, pem: &mut Vec<u8>) -> Result<(), Unusable> {
+fn read(path: &Path, reach: &Reach, pem: &mut Vec<u8>) -> Result<(), Unusable> {
     let room = LARGEST_PEM.saturating_sub(pem.len() as u64);
-    let file = fs::File::open(path).map_err(|error| unreadable(path, &error))?;
+    let file = reach.open(path).map_err(|error| unreadable(path, &error))?;
     let length = file.take(room + 1).read_to_end(pem).map_err(|error| unreadable(path, &error))?;
     if length as u64 > room {
         return Err(Unusable {

@@ -117,6 +117,35 @@ async fn a_denied_read_names_role_subject_path_and_namespace() {
 }
 
 #[tokio::test]
+async fn what_is_denied_at_a_login_or_a_read_names_account_role_audience_and_path() {
+    let jwt = || Credential::Jwt(Token::new("canary-jwt".into()).unwrap());
+    for status in [400, 403] {
+        let server = Server::start(move |_, _| say(status, r#"{"errors":["permission denied"]}"#)).await;
+        let mut who = identity(connection(&[&server.url()]));
+        who.auth.audience = Some("vault".to_owned());
+        who.connection.namespace = Some("team-a".to_owned());
+        let vault = Client::new().vault;
+        let login = vault.login(&who, &jwt(), soon()).await.err().map(decent).unwrap();
+        assert_eq!(
+            login.to_string().replace(&server.url(), "URL"),
+            format!(
+                "POST URL/v1/auth/kubernetes/login: {status} (permission denied); check that auth/kubernetes in namespace \
+                 \"team-a\" is mounted, and that its role \"web\" exists and is bound to service account shop/web and audience \
+                 \"vault\""
+            )
+        );
+        if status == 403 {
+            let read = vault.read(&who, &token(), &request("secret/data/app"), soon()).await;
+            assert_eq!(
+                read.err().map(decent).unwrap().to_string().replace(&server.url(), "URL"),
+                "GET URL/v1/secret/data/app: 403 (permission denied); a policy of role \"web\" at auth/kubernetes (service account \
+                 shop/web, audience \"vault\") needs read on \"secret/data/app\" in namespace \"team-a\""
+            );
+        }
+    }
+}
+
+#[tokio::test]
 async fn answers_without_a_secret_are_explained() {
     for (status, body, kind, text) in [
         (204, "", ErrorKind::Missing, "204 with an empty answer"),

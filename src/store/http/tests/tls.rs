@@ -50,11 +50,20 @@ async fn a_ca_may_be_text_file_or_directory_with_others_beside_it() {
 
 #[tokio::test]
 async fn a_certificate_of_another_ca_is_refused_and_both_are_named() {
-    let server = serve(Authority::new().server(&["127.0.0.1"])).await;
+    let authority = Authority::new();
+    let mut params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    params.distinguished_name.push(rcgen::DnType::OrganizationName, "Other team");
+    params.distinguished_name.push(rcgen::DnType::CommonName, "vault");
+    let server = serve(plain(&authority.sign(params))).await;
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("ca.pem");
     std::fs::write(&path, Authority::new().pem()).unwrap();
-    let words = format!("the certificate of 127.0.0.1 is not signed by a CA of the file {}", path.display());
+    let words = format!(
+        "the certificate of 127.0.0.1 (O=Other team, CN=vault, signed by {}) is not signed by a CA of the file {}",
+        authority.name(),
+        path.display()
+    );
     bad(&trusting(&server, Pem::File(path)), ErrorKind::Certificate, &words).await;
     bad(&connection(&[&server.url()]), ErrorKind::Certificate, "is not signed by a CA of this system").await;
     assert_eq!(server.count(), 0);
