@@ -208,5 +208,5 @@ fn a_mount_writes_nothing_to_the_api_server() {
     assert!(requests.iter().any(|request| request.namespace == tenant.namespace), "the log is written");
     let ours = requests.into_iter().filter(|request| users.contains(&request.user));
     let more: Vec<Request> = ours.filter(|request| !is_upkeep(request)).collect();
-    assert_eq!(more, []);
+    assert_eq!(more, Vec::<Request>::new());
 }
