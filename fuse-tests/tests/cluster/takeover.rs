@@ -98,7 +98,7 @@ fn a_stand_in_driver_gives_its_name_and_takes_it_back() {
         password(&cluster, &tenant, "new") == "rotated"
     });
     tenant.remove("newest");
-    tenant.run(&tenant.reader("last", "app"));
+    assert_eq!(start(&cluster, &tenant, "last"), "theirs");
     assert_eq!(pids("new"), new);
     // One of ours goes while the other has the name.
     tenant.remove("new");
