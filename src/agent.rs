@@ -40,7 +40,7 @@ use crate::secret::bounce::Pool;
 use crate::secret::pages::{MemoryError, SecretMemory};
 use crate::store::{Credential, Store};
 use crate::sys::alloc;
-use crate::volume::{Keeper, Pod, PublishError, Surroundings, Volume};
+use crate::volume::{Keeper, Pod, PublishError, Surroundings, Trust, Volume};
 
 /// Size of a bounce buffer where locked memory allows: the largest reply. 128 KiB stays in a core's second-level cache,
 /// so that the extra copy of each reply costs little (docs/architecture.md).
@@ -242,7 +242,8 @@ impl Agent {
         }
         let owner = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
         let volume = Volume::new(id, spec, pod, self.surroundings(owner));
-        volume.publish(&self.cache, credential, deadline).await?;
+        // Whoever mounts here gave the credential for this very mount.
+        volume.publish(&self.cache, credential, Trust::Proven, deadline).await?;
         Ok(volume)
     }
 

@@ -41,8 +41,10 @@ pub mod slot;
 pub use driver::{Cache, Registration, Subscriber};
 pub use slot::{Slot, State, Value};
 
+use crate::store::StoreError;
+
 /// Why keys cannot be registered.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[derive(Debug, thiserror::Error)]
 pub enum CacheError {
     /// A limit is reached.
     #[error("the cache is full: {used} of {limit} {what} in use, {wanted} more wanted; {remedy}")]
@@ -64,6 +66,9 @@ pub enum CacheError {
         /// The broken rule.
         rule: &'static str,
     },
+    /// The login that was to prove the credential failed.
+    #[error(transparent)]
+    Unproven(StoreError),
     /// The agent is stopping.
     #[error("the cache has stopped: nothing can be registered any more")]
     Stopped,

@@ -26,6 +26,7 @@ pub use crate::config::fault::{Fault, Faults};
 
 use std::collections::HashSet;
 use std::fmt;
+use std::pin::Pin;
 use std::sync::Arc;
 
 use serde_json::Value;
@@ -98,6 +99,17 @@ pub trait Classes: Send + Sync + 'static {
     /// # Errors
     /// [`FindError::Unreadable`]
     fn names(&self, namespace: &str) -> Result<Vec<(Kind, String)>, FindError>;
+
+    /// Other namespaces that have a class of this kind and name, sorted: what is told when a pod asks for one that is not its
+    /// own. Namespaces that cannot be read are left out. Default: none are known.
+    fn elsewhere(&self, _kind: Kind, _namespace: &str, _name: &str) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// Returns as soon as [`Classes::find`] can tell of this kind, which may be never: who waits has a deadline. Default: at once.
+    fn known(&self, _kind: Kind) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        Box::pin(std::future::ready(()))
+    }
 }
 
 /// Why a class cannot be had.
@@ -106,6 +118,14 @@ pub enum FindError {
     /// It is there, and this is wrong with it.
     #[error(transparent)]
     Faults(#[from] Faults),
+    /// Nobody can tell now whether it is there.
+    #[error("cannot tell whether there is a {class}: {why}")]
+    Unknown {
+        /// Kind, namespace and name.
+        class: String,
+        /// Who does not answer, since when.
+        why: String,
+    },
     /// Where it may be, nothing can be read.
     #[error("cannot read the classes in {place}: {error}")]
     Unreadable {

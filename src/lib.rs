@@ -36,6 +36,8 @@ pub mod fs;
 pub mod fuse;
 /// The composition root: the parts wired in the order of the way, and the volumes that are served.
 pub mod agent;
+/// Publish 1 on Kubernetes: what the API server says: classes, whose tokens are good; and what it is told.
+pub mod kubernetes;
 /// Publish 2: the agent's side of the node protocol, and its two processes.
 pub mod node;
 /// The counters: name, unit, labels, help; nothing is counted elsewhere.

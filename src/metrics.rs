@@ -125,6 +125,28 @@ table! {
     memory_used: Gauge = "fuse_secrets_memory_used_bytes";
     /// Requests for secret memory that did not fit.
     memory_refused: Counter = "fuse_secrets_memory_refused_total";
+    /// Classes of the cluster that are known.
+    classes_provider: Gauge = "fuse_secrets_classes{kind=\"SecretProviderClass\"}";
+    /// Classes of the cluster that are known.
+    classes_import: Gauge = "fuse_secrets_classes{kind=\"SecretsStoreImport\"}";
+    /// Since when the API server does not tell of changed classes, in Unix time; 0 while it does.
+    classes_behind_provider: Gauge = "fuse_secrets_classes_behind_since_seconds{kind=\"SecretProviderClass\"}";
+    /// Since when the API server does not tell of changed classes, in Unix time; 0 while it does.
+    classes_behind_import: Gauge = "fuse_secrets_classes_behind_since_seconds{kind=\"SecretsStoreImport\"}";
+    /// Keys of the service-account issuer that are held.
+    issuer_keys: Gauge = "fuse_secrets_issuer_keys";
+    /// Volumes whose token proved whose it is, by how.
+    tokens_signed: Counter = "fuse_secrets_tokens_proved_total{by=\"signature\"}";
+    /// Volumes whose token proved whose it is, by how.
+    tokens_login: Counter = "fuse_secrets_tokens_proved_total{by=\"login\"}";
+    /// Tokens of pods that were not taken: of a volume that was refused for it, or newer ones of a served volume.
+    tokens_refused_publish: Counter = "fuse_secrets_tokens_refused_total{at=\"publish\"}";
+    /// Tokens of pods that were not taken: of a volume that was refused for it, or newer ones of a served volume.
+    tokens_refused_renewal: Counter = "fuse_secrets_tokens_refused_total{at=\"renewal\"}";
+    /// Events of pods that the API server took.
+    events_created: Counter = "fuse_secrets_events_created_total";
+    /// Events of pods that it did not, or that were too many.
+    events_dropped: Counter = "fuse_secrets_events_dropped_total";
     /// Whether the shim is attached: 1 or 0.
     node_attached: Gauge = "fuse_secrets_node_attached";
     /// Volumes published, newer tokens apart.

@@ -54,6 +54,18 @@ pub struct Pod {
     pub namespace: String,
     /// Its service account.
     pub service_account: String,
+    /// Its uid; empty where an earlier version of this program did not note it.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub uid: String,
+}
+
+/// Whether it is known that a volume's credential is its identity's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trust {
+    /// It is: somebody has verified it, or nobody else could have given it.
+    Proven,
+    /// Nobody knows. It logs in before anything is shared with it.
+    Login,
 }
 
 /// What [`Volume::new`] takes beside the spec.
@@ -196,9 +208,13 @@ impl Volume {
         self: &Arc<Self>,
         cache: &Cache,
         credential: Arc<Credential>,
+        trust: Trust,
         deadline: Instant,
     ) -> Result<(), PublishError> {
-        let registration = self.register(cache, credential).await?;
+        let registration = match trust {
+            Trust::Proven => self.register(cache, credential).await?,
+            Trust::Login => self.prove(cache, credential, deadline).await?,
+        };
         registration.ready(deadline).await.map_err(|errors| {
             PublishError::Store(errors.into_iter().map(|(key, error)| (self.files_of(&key), error)).collect())
         })?;
@@ -212,9 +228,27 @@ impl Volume {
         cache: &Cache,
         credential: Arc<Credential>,
     ) -> Result<Registration, CacheError> {
-        let distinct: HashSet<Key> = self.spec.files.iter().map(|file| self.key(file)).collect();
         let subscriber = Arc::new(Rebuild(Arc::downgrade(self)));
-        cache.register(distinct.into_iter().collect(), credential, self.spec.freshness, subscriber).await
+        cache.register(self.keys(), credential, self.spec.freshness, subscriber).await
+    }
+
+    async fn prove(
+        self: &Arc<Self>,
+        cache: &Cache,
+        credential: Arc<Credential>,
+        deadline: Instant,
+    ) -> Result<Registration, PublishError> {
+        let subscriber = Arc::new(Rebuild(Arc::downgrade(self)));
+        let proved =
+            cache.prove_and_register(self.keys(), credential, self.spec.freshness, subscriber, deadline);
+        proved.await.map_err(|error| match error {
+            // No file can be had without it.
+            CacheError::Unproven(error) => {
+                let paths: Vec<_> = self.spec.files.iter().map(|file| file.path.as_str()).collect();
+                PublishError::Store(vec![(paths.join(", "), error)])
+            }
+            error => error.into(),
+        })
     }
 
     fn hold(&self, registration: Registration) {
@@ -361,6 +395,12 @@ impl Volume {
         let Freshness { max_age, stale_grace, .. } = self.spec.freshness;
         slot.state() == State::Stale
             && stale_grace.zip(slot.age(now)).is_some_and(|(grace, age)| age > max_age.saturating_add(grace))
+    }
+
+    /// All that it asks the store for.
+    fn keys(&self) -> Vec<Key> {
+        let distinct: HashSet<Key> = self.spec.files.iter().map(|file| self.key(file)).collect();
+        distinct.into_iter().collect()
     }
 
     fn key(&self, file: &FileSpec) -> Key {

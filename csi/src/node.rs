@@ -18,7 +18,6 @@ use crate::proto::csi::volume_capability::AccessType;
 use crate::proto::csi::volume_usage::Unit;
 use crate::rpc::{Answer, refused};
 use crate::wire::Secret;
-use crate::wire::message::DROPPED_SECRETS;
 
 /// Longest name of a volume in bytes; kubelet's are 68.
 const LONGEST_VOLUME: usize = 128;
@@ -43,7 +42,7 @@ pub struct Publish {
     pub volume: String,
     /// Where.
     pub target: PathBuf,
-    /// What kubelet says of the pod, with kubelet's keys, and [`DROPPED_SECRETS`].
+    /// What kubelet says of the pod, with kubelet's keys.
     pub pod: BTreeMap<String, String>,
     /// `volumeAttributes` of the pod's spec.
     pub attributes: BTreeMap<String, String>,
@@ -51,6 +50,8 @@ pub struct Publish {
     pub group: Option<u32>,
     /// Service-account tokens by audience.
     pub tokens: BTreeMap<String, Secret>,
+    /// Whether `nodePublishSecretRef` named anything, which is dropped.
+    pub secret_ref: bool,
 }
 
 /// No, and why.
@@ -179,7 +180,7 @@ impl<V: Volumes> csi::node_server::Node for Node<V> {
     }
 }
 
-/// Takes a request apart. Secrets of the pod's own are dropped, and that it has some is told.
+/// Takes a request apart; secrets of the pod's own are dropped.
 fn read(request: csi::NodePublishVolumeRequest) -> Result<Publish, Status> {
     let csi::NodePublishVolumeRequest { volume_id, target_path, volume_capability, .. } = request;
     let (mut secrets, mut context) = (request.secrets, request.volume_context);
@@ -199,16 +200,14 @@ fn read(request: csi::NodePublishVolumeRequest) -> Result<Publish, Status> {
     if bytes > MOST_CONTEXT {
         return Err(invalid("volume_context", "is longer than 256 KiB in all; shorten the volumeAttributes"));
     }
-    let (mut pod, attributes): (BTreeMap<_, _>, _) =
+    let (pod, attributes): (BTreeMap<_, _>, _) =
         context.into_iter().partition(|(key, _)| key.starts_with(KUBELET));
     if pod.get(EPHEMERAL).is_none_or(|word| word != "true") {
         return Err(invalid(EPHEMERAL, NOT_OF_A_POD));
     }
-    if !secrets.is_empty() {
-        pod.insert(DROPPED_SECRETS.to_owned(), String::new());
-    }
     let tokens = self::tokens(&tokens)?;
-    Ok(Publish { volume: volume_id, target: target_path.into(), pod, attributes, group, tokens })
+    let (target, secret_ref) = (target_path.into(), !secrets.is_empty());
+    Ok(Publish { volume: volume_id, target, pod, attributes, group, tokens, secret_ref })
 }
 
 /// What both calls for a volume must have. The name becomes a mount's source, and stands in logs.

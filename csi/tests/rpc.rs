@@ -20,7 +20,6 @@ use fuse_secrets_csi::proto::registration;
 use fuse_secrets_csi::proto::registration::registration_client::RegistrationClient;
 use fuse_secrets_csi::registration::Plugin;
 use fuse_secrets_csi::rpc;
-use fuse_secrets_csi::wire::message::DROPPED_SECRETS;
 use tokio::sync::oneshot;
 use tonic::service::Routes;
 use tonic::transport::{Channel, Endpoint};
@@ -220,11 +219,7 @@ async fn tokens_in_secrets_win_and_other_secrets_are_dropped() {
     let publish = server.published(request).await;
     assert_eq!(publish.tokens["vault"].expose(), "of-the-secrets");
     assert!(!publish.attributes.contains_key("password") && !publish.pod.contains_key(TOKENS));
-    assert_eq!(
-        publish.pod.get(DROPPED_SECRETS).map(String::as_str),
-        Some(""),
-        "the agent warns the pod's owner"
-    );
+    assert!(publish.secret_ref, "the agent tells the pod's owner");
 }
 
 #[tokio::test]

@@ -26,7 +26,7 @@ use crate::store::{Credential, Store};
 use crate::time::Moment;
 use crate::volume::record::Init;
 use crate::volume::restore::Legacy;
-use crate::volume::{Lending, Pod, Volume};
+use crate::volume::{Lending, Pod, Trust, Volume};
 
 pub use crate::volume::Keeper;
 
@@ -57,6 +57,8 @@ pub struct Order {
     pub group: Option<u32>,
     /// The pod's token.
     pub token: Token,
+    /// Whether that is known.
+    pub trust: Trust,
     /// The mount's descriptor, with the kernel's INIT waiting in it; of a volume that is served, but blank, that one's.
     pub fuse: OwnedFd,
 }
@@ -118,7 +120,7 @@ impl Agent {
     /// [`ServeError`]; nothing is held.
     pub async fn lend(self: &Arc<Self>, order: Order, deadline: Instant) -> Result<Arc<Served>, ServeError> {
         let keeper = self.keeper()?;
-        let Order { id, target, mut spec, pod, group, token, fuse } = order;
+        let Order { id, target, mut spec, pod, group, token, trust, fuse } = order;
         let former = self.find(&id);
         if former.as_ref().is_some_and(|served| !served.volume().is_blank()) {
             return Err(ServeError::Twice(id.0));
@@ -140,7 +142,7 @@ impl Agent {
             volume.generations().restore(Vec::new(), &[highest], true, Moment::now());
         }
         let credential = Arc::new(Credential::Jwt(token));
-        volume.publish(&self.cache, Arc::clone(&credential), deadline).await?;
+        volume.publish(&self.cache, Arc::clone(&credential), trust, deadline).await?;
         volume.deposit_all(&credential).await.map_err(ServeError::Serve)?;
         if let Some(former) = &former {
             self.drain(former.volume().id()).await.map_err(ServeError::Serve)?;

@@ -69,9 +69,28 @@ impl Cache {
         freshness: Freshness,
         subscriber: Arc<dyn Subscriber>,
     ) -> Result<Registration, CacheError> {
+        self.enter(Entrance { keys, credential, freshness, subscriber }, None).await
+    }
+
+    /// The same for a credential of which nobody knows yet that it is the identity's: it logs in before anything is shared with
+    /// it. The token that it gets becomes the identity's if that has none, else it is given back.
+    ///
+    /// # Errors
+    /// [`CacheError`]; [`CacheError::Unproven`]: the store refused, or did not answer by `deadline`.
+    pub async fn prove_and_register(
+        &self,
+        keys: Vec<Key>,
+        credential: Arc<Credential>,
+        freshness: Freshness,
+        subscriber: Arc<dyn Subscriber>,
+        deadline: Instant,
+    ) -> Result<Registration, CacheError> {
+        self.enter(Entrance { keys, credential, freshness, subscriber }, Some(deadline)).await
+    }
+
+    async fn enter(&self, entrance: Entrance, proof: Option<Instant>) -> Result<Registration, CacheError> {
         let (reply, answer) = oneshot::channel();
-        let cache = self.clone();
-        let command = Command::Register { cache, keys, credential, freshness, subscriber, reply };
+        let command = Command::Register { cache: self.clone(), entrance, proof, reply };
         self.commands.send(command).await.map_err(|_| CacheError::Stopped)?;
         answer.await.map_err(|_| CacheError::Stopped)?
     }
@@ -185,14 +204,24 @@ impl Drop for Registration {
     }
 }
 
+/// What a registration asks for.
+struct Entrance {
+    keys: Vec<Key>,
+    credential: Arc<Credential>,
+    freshness: Freshness,
+    subscriber: Arc<dyn Subscriber>,
+}
+
+/// Where a registration is awaited.
+type Reply = oneshot::Sender<Result<Registration, CacheError>>;
+
 enum Command {
     Register {
         cache: Cache,
-        keys: Vec<Key>,
-        credential: Arc<Credential>,
-        freshness: Freshness,
-        subscriber: Arc<dyn Subscriber>,
-        reply: oneshot::Sender<Result<Registration, CacheError>>,
+        entrance: Entrance,
+        /// By when the credential must have logged in by itself; `None`: it need not.
+        proof: Option<Instant>,
+        reply: Reply,
     },
     Credential {
         holder: HolderId,

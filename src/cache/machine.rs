@@ -128,7 +128,14 @@ impl Machine {
     pub fn on(&mut self, event: Event, now: Moment, rng: &mut dyn Rng) -> Vec<Action> {
         let now = now.monotonic;
         match event {
-            Event::Register { holder, keys, freshness } => self.register(holder, keys, freshness, now, rng),
+            Event::Register { holder, keys, freshness, login } => {
+                let identity = keys.first().map(|key| Arc::clone(&key.identity));
+                self.register(holder, keys, freshness, now, rng);
+                let identity = identity.and_then(|identity| self.identity(&identity));
+                if let Some((identity, terms)) = identity.zip(login) {
+                    self.logged_in_before(identity, terms, now, rng);
+                }
+            }
             Event::Unregister { holder } => self.unregister(holder, now),
             Event::Want { want, holder, entries, until } => {
                 self.want(want, holder, entries, until, now, rng);

@@ -20,6 +20,8 @@ const MOST_FILES: usize = 1_000;
 const MOST_NAMES: usize = 10_000;
 /// Namespaces whose files are kept parsed; beyond it all are read anew.
 const MOST_NAMESPACES: usize = 1_000;
+/// Namespaces in which a class is looked for that a pod's own does not have.
+const MOST_ELSEWHERE: usize = 100;
 
 /// A directory of classes.
 pub struct Directory {
@@ -93,6 +95,15 @@ impl Directory {
         Ok(all)
     }
 
+    fn namespaces(&self) -> io::Result<Vec<String>> {
+        let mut namespaces = Vec::new();
+        for entry in Dir::read_from(self.enter(".", OFlags::DIRECTORY)?)?.take(MOST_NAMES) {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            namespaces.extend(object_name(&name));
+        }
+        Ok(namespaces)
+    }
+
     fn known(&self, namespace: &str) -> Files {
         let read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
         read.get(namespace).cloned().unwrap_or_default()
@@ -141,6 +152,20 @@ impl Classes for Directory {
         let mut names: Vec<_> = classes.map(|class| (class.kind, class.name.clone())).collect();
         names.sort_by(|a, b| a.1.cmp(&b.1));
         Ok(names)
+    }
+
+    fn elsewhere(&self, kind: Kind, namespace: &str, name: &str) -> Vec<String> {
+        let has = |other: &String| {
+            let files = self.namespace(other).unwrap_or_default();
+            let mut classes = files.iter().flat_map(|file| file.iter()).flatten();
+            classes.any(|class| class.kind == kind && class.name == name)
+        };
+        let mut others = self.namespaces().unwrap_or_default();
+        others.retain(|other| other != namespace);
+        others.sort();
+        others.truncate(MOST_ELSEWHERE);
+        others.retain(has);
+        others
     }
 }
 
@@ -291,6 +316,25 @@ mod tests {
             faults.contains("app/torn.yaml: ") && faults.contains("app/pipe.yaml: is no regular file"),
             "{faults}"
         );
+    }
+
+    #[test]
+    fn other_namespaces_with_a_class_of_that_kind_and_name_are_told() {
+        let root = tempfile::tempdir().unwrap();
+        for namespace in ["app", "billing", "shop", "torn"] {
+            fs::create_dir(root.path().join(namespace)).unwrap();
+        }
+        let write = |at: &str, text: &str| fs::write(root.path().join(at), text).unwrap();
+        write("app/db.yaml", &class("db", "r"));
+        write("shop/one.yaml", &class("db", "r"));
+        write("billing/one.yaml", &class("cache", "r"));
+        write("torn/one.yaml", "a: [");
+        write("notes.txt", "no namespace");
+        let directory = Directory::open(root.path()).unwrap();
+        let elsewhere = |kind, namespace| directory.elsewhere(kind, namespace, "db");
+        assert_eq!(elsewhere(Kind::SecretsStoreImport, "billing"), ["app", "shop"]);
+        assert_eq!(elsewhere(Kind::SecretsStoreImport, "app"), ["shop"]);
+        assert!(elsewhere(Kind::SecretProviderClass, "billing").is_empty());
     }
 
     #[test]

@@ -14,8 +14,12 @@ use super::exit;
 use super::panics::Panicked;
 use super::serving::Signals;
 use crate::agent::{Agent, Setup, admin};
+use crate::class::Classes;
 use crate::class::directory::Directory;
 use crate::config::{AgentConfig, AgentFlags, Faults};
+use crate::kubernetes::Cluster;
+use crate::kubernetes::api::{Api, ConnectError};
+use crate::kubernetes::events::refresh;
 use crate::metrics::Metrics;
 use crate::node::confine::{self, Bounding};
 use crate::node::health::Serving;
@@ -40,9 +44,11 @@ pub struct Options {
 const EXAMPLES: &str = "\
 A class wins over what is said here, a flag over its environment variable (--publish-deadline: \
 FUSE_SECRETS_PUBLISH_DEADLINE), both over the configuration file. Each volume logs in with its pod's own service-account \
-token; the agent has none.
+token; the agent has none. Without --classes they are those of the API server.
 
 Examples:
+  In a pod of a cluster:
+      fuse-secrets agent --config /etc/fuse-secrets/agent.yaml
   Beside a shim on this machine, as a user of its own:
       fuse-secrets agent --classes /etc/fuse-secrets/classes \\
           --address https://vault:8200
@@ -68,6 +74,8 @@ enum BeforeError {
     },
     #[error(transparent)]
     Settings(Faults),
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
     #[error(
         "the agent runs as root, and needs none of root's rights; start it as a user of its own, or give --allow-root"
     )]
@@ -78,7 +86,7 @@ impl BeforeError {
     fn code(&self) -> u8 {
         match self {
             Self::Read { .. } => exit::NO_INPUT,
-            Self::Settings(_) | Self::Root => exit::USAGE,
+            Self::Settings(_) | Self::Root | Self::Connect(_) => exit::USAGE,
         }
     }
 }
@@ -109,7 +117,7 @@ impl Options {
 
 /// Runs the command.
 pub async fn run(options: Options, panicked: Panicked) -> ExitCode {
-    let (config, classes) = match before(&options) {
+    let (config, source) = match before(&options).await {
         Ok(ready) => ready,
         Err(error) => return exit::report(error.code(), &error),
     };
@@ -118,9 +126,9 @@ pub async fn run(options: Options, panicked: Panicked) -> ExitCode {
         Err(error) => return exit::report(exit::FAILED, &error),
     };
     if options.worker {
-        work(config, classes, signals, panicked).await
+        work(config, source, signals, panicked).await
     } else {
-        drop(classes);
+        drop(source);
         supervise(&config, signals, panicked).await
     }
 }
@@ -153,12 +161,7 @@ async fn supervise(config: &AgentConfig, mut signals: Signals, mut panicked: Pan
     }
 }
 
-async fn work(
-    config: AgentConfig,
-    classes: Directory,
-    mut signals: Signals,
-    mut panicked: Panicked,
-) -> ExitCode {
+async fn work(config: AgentConfig, source: Source, mut signals: Signals, mut panicked: Panicked) -> ExitCode {
     let go = tokio::task::spawn_blocking(|| wait_for_go(std::io::stdin().as_fd()));
     let listener = tokio::select! {
         go = go => match go {
@@ -198,7 +201,19 @@ async fn work(
     if let Err(error) = &socket {
         tracing::warn!(%error, "`fuse-secrets mounts` cannot ask this agent");
     }
-    let worker = Worker::new(Arc::clone(&agent), Arc::new(classes), config, attachment);
+    let (classes, cluster) = match source {
+        Source::Directory(directory) => (Arc::new(directory) as Arc<dyn Classes>, None),
+        Source::Cluster(api) => match Api::connect(*api) {
+            Ok(api) => {
+                let cluster = Cluster::start(&api, agent.metrics());
+                tracing::info!(api = api.address(), "classes are those of the API server");
+                tokio::spawn(refresh::watch(Arc::downgrade(&agent), cluster.events.clone()));
+                (Arc::clone(&cluster.classes) as Arc<dyn Classes>, Some(cluster))
+            }
+            Err(error) => return exit::report(exit::USAGE, &error),
+        },
+    };
+    let worker = Worker::new(Arc::clone(&agent), classes, cluster, config, attachment);
     let serving = tokio::spawn(Arc::clone(&worker).run());
     tokio::select! {
         () = signals.came() => {}
@@ -211,8 +226,14 @@ async fn work(
     ExitCode::from(exit::OK)
 }
 
-/// Reads settings and opens the directory of classes; asks nobody.
-fn before(options: &Options) -> Result<(AgentConfig, Directory), BeforeError> {
+/// Where classes come from.
+enum Source {
+    Directory(Directory),
+    Cluster(Box<kube::Config>),
+}
+
+/// Reads settings, and opens the directory of classes or finds the API server; asks nobody.
+async fn before(options: &Options) -> Result<(AgentConfig, Source), BeforeError> {
     let unreadable = |path: &Path, error| BeforeError::Read { path: path.to_owned(), error };
     let read = |path: &PathBuf| std::fs::read_to_string(path).map_err(|error| unreadable(path, error));
     let file = options.config.as_ref().map(read).transpose()?;
@@ -221,6 +242,9 @@ fn before(options: &Options) -> Result<(AgentConfig, Directory), BeforeError> {
     if rustix::process::geteuid().is_root() && !config.allow_root {
         return Err(BeforeError::Root);
     }
-    let classes = Directory::open(&config.classes).map_err(|error| unreadable(&config.classes, error))?;
-    Ok((config, classes))
+    let source = match &config.classes {
+        Some(path) => Source::Directory(Directory::open(path).map_err(|error| unreadable(path, error))?),
+        None => Source::Cluster(Box::new(Api::find().await?)),
+    };
+    Ok((config, source))
 }

@@ -14,8 +14,22 @@ use crate::secret::harden::{Measure, Outcome};
 /// Libraries that would log what goes over the wire, headers and bodies with tokens and secrets. Whatever filter is asked for,
 /// they are heard from warnings up only. So is fuser, which would tell of the made-up INIT of [`crate::fuse::session`] as if it were
 /// the kernel's.
-const WIRE: [&str; 9] =
-    ["h2", "hyper", "hyper_util", "hyper_rustls", "reqwest", "rustls", "tower", "axum", "fuser"];
+const WIRE: [&str; 10] = [
+    "h2",
+    "hyper",
+    "hyper_util",
+    "hyper_rustls",
+    "reqwest",
+    "rustls",
+    "tower",
+    "tower_http",
+    "axum",
+    "fuser",
+];
+
+/// The client of the API server, which logs whole answers that it cannot read, and each attempt. What fails there is told by
+/// [`crate::kubernetes`].
+const MUTE: &str = "kube_client";
 
 /// Where fuser tells, as an error, that a session was drained. How one ends is told by [`crate::fuse::session`].
 const REQUESTS: &str = "fuser::request";
@@ -71,7 +85,7 @@ pub fn start(options: &Options) -> Result<(), FilterError> {
     let filter = filter(&options.log)?;
     let quiet = filter_fn(|event| {
         let root = event.target().split("::").next().unwrap_or_default();
-        (*event.level() <= Level::WARN || !WIRE.contains(&root)) && event.target() != REQUESTS
+        (*event.level() <= Level::WARN || !WIRE.contains(&root)) && root != MUTE && event.target() != REQUESTS
     });
     let lines = fmt::layer().with_writer(std::io::stderr).with_target(false);
     let lines = match options.log_format {

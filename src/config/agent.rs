@@ -47,8 +47,8 @@ pub struct AgentConfig {
     pub fuse_threads: usize,
     /// Where the shim listens. Default [`NODE_SOCKET`].
     pub node_socket: PathBuf,
-    /// Directory of classes.
-    pub classes: PathBuf,
+    /// Directory of classes; `None`: those of the API server.
+    pub classes: Option<PathBuf>,
     /// Where health and metrics are told; `None`: nowhere. Default `[::]:9810`.
     pub health_address: Option<SocketAddr>,
     /// How long a volume's first answers may take, all together. 1 s to 5 min, default 20 s.
@@ -95,16 +95,13 @@ impl AgentConfig {
         }
         under.login.method = method;
         let said = rest.agent.clone();
-        if said.classes.is_none() {
-            sink.add("classes", broken("is not given", "give --classes with the directory of classes"));
-        }
-        let config = said.classes.map(|classes| Self {
+        let config = Self {
             under,
             limits: rest.limits(),
             memory_limit: rest.memory_limit,
             fuse_threads: rest.fuse_threads.unwrap_or(FUSE_THREADS),
             node_socket: said.node_socket.unwrap_or_else(|| NODE_SOCKET.into()),
-            classes,
+            classes: said.classes,
             health_address: said.health_address.unwrap_or_else(|| HEALTH_ADDRESS.parse().ok()),
             publish_deadline: said.publish_deadline.unwrap_or(PUBLISH_DEADLINE),
             unknown_attributes: said.unknown_attributes.unwrap_or_default(),
@@ -114,8 +111,8 @@ impl AgentConfig {
                 beneath: said.class_files,
             },
             allow_root: said.allow_root.unwrap_or(false),
-        });
-        sink.finish(config)
+        };
+        sink.finish(Some(config))
     }
 }
 

@@ -194,7 +194,7 @@ layer! {
         /// The shim's node socket (default /run/fuse-secrets/node/shim.sock)
         #[arg(long, value_name = "PATH", help_heading = "Node")]
         node_socket,
-        /// Directory of classes: DIR/NAMESPACE/*.yaml
+        /// Directory of classes, DIR/NAMESPACE/*.yaml, instead of those of the API server
         #[arg(long, value_name = "DIR", help_heading = "Node")]
         classes,
         /// Where /healthz, /readyz and /metrics are answered, or none (default: port 9810 of every address)

@@ -6,25 +6,21 @@
 //!   pod context ─▶ namespace, service account ───────┤                              ▲
 //!   tokens ──the audience that the class asks for──▶ token ─its claims─▶ Identity ──┘
 //! ```
-//! The token's claims are read, not verified: it comes from kubelet through a socket that only root can speak on, and the store
-//! verifies it at the login. What is cached for one service account must not be served to a token that merely claims to be its,
-//! which matters as soon as tokens come from anybody else: docs/security.md says where this stands.
+//! The token's claims are read and compared here, not verified: that is `worker`'s next step, by the issuer's keys or by a login,
+//! before anything cached is shared with it.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
-use base64::Engine as _;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use fuse_secrets_csi::wire::Secret;
-use fuse_secrets_csi::wire::message::{DROPPED_SECRETS, Publish};
-use serde::Deserialize;
-use zeroize::Zeroizing;
+use fuse_secrets_csi::wire::message::Publish;
 
 use super::refusal::{Code, Refusal};
 use crate::class::{Class, Classes, Kind, object_name};
 use crate::config::fault::Broken;
 use crate::config::settings::Settings;
 use crate::config::{AgentConfig, UnknownAttributes, text};
+use crate::kubernetes::token::Claims;
 use crate::reference::{Subject, VolumeSpec};
 use crate::secret::Token;
 use crate::volume::Pod;
@@ -36,6 +32,9 @@ const OVERRIDE: Broken = Broken {
     rule: Cow::Borrowed("is a parameter of the class, and a pod overrides nothing of it"),
     remedy: Cow::Borrowed("write it into the class, or remove it"),
 };
+/// What is said of a volume with a `nodePublishSecretRef`.
+const SECRET_REF: &str =
+    "nodePublishSecretRef: has no effect, the Secret is not read; remove it from the pod's spec";
 /// Names that are told where one is not found.
 const MOST_NAMES: usize = 5;
 
@@ -56,10 +55,10 @@ pub struct Resolved {
 /// # Errors
 /// [`Refusal`]
 pub fn resolve(publish: Publish, classes: &dyn Classes, config: &AgentConfig) -> Result<Resolved, Refusal> {
-    let Publish { pod, attributes, mut tokens, .. } = publish;
+    let Publish { pod, attributes, mut tokens, secret_ref, .. } = publish;
     let (kind, name, mut warnings) = which(&attributes, config.unknown_attributes)?;
-    if pod.contains_key(DROPPED_SECRETS) {
-        warnings.push("nodePublishSecretRef: has no effect, nothing reads it; remove it".to_owned());
+    if secret_ref {
+        warnings.push(SECRET_REF.to_owned());
     }
     let pod = context(&pod)?;
     let mut class = find(classes, kind, &pod.namespace, &name)?;
@@ -182,6 +181,7 @@ fn context(pod: &BTreeMap<String, String>) -> Result<Pod, Refusal> {
         name: said("pod.name")?,
         namespace: said("pod.namespace")?,
         service_account: said("serviceAccount.name")?,
+        uid: said("pod.uid")?,
     })
 }
 
@@ -198,6 +198,14 @@ fn find(classes: &dyn Classes, kind: Kind, namespace: &str, name: &str) -> Resul
         ));
     }
     let missing = format!("there is no {kind} {namespace}/{name}");
+    let elsewhere = classes.elsewhere(kind, namespace, name);
+    if !elsewhere.is_empty() {
+        let there = first(&elsewhere.iter().map(String::as_str).collect::<Vec<_>>());
+        return refuse(format!(
+            "{missing}; {name} is in namespace {there}, but a pod may only use classes of its own namespace {namespace}: create \
+             it there"
+        ));
+    }
     let of_kind: Vec<&str> =
         there.iter().filter(|(of, _)| *of == kind).map(|(_, name)| name.as_str()).collect();
     if of_kind.is_empty() {
@@ -206,48 +214,37 @@ fn find(classes: &dyn Classes, kind: Kind, namespace: &str, name: &str) -> Resul
         ));
     }
     let meant = text::closest(name, of_kind.iter().copied()).map(|meant| format!("did you mean {meant}? "));
-    let more = of_kind.len().saturating_sub(MOST_NAMES);
+    refuse(format!("{missing}; {}there are {}", meant.unwrap_or_default(), first(&of_kind)))
+}
+
+/// The first of several names, and how many more there are.
+fn first(names: &[&str]) -> String {
+    let more = names.len().saturating_sub(MOST_NAMES);
     let rest = if more > 0 { format!(" and {more} more") } else { String::new() };
-    let listed = of_kind.iter().take(MOST_NAMES).copied().collect::<Vec<_>>().join(", ");
-    refuse(format!("{missing}; {}there are {listed}{rest}", meant.unwrap_or_default()))
+    names.iter().take(MOST_NAMES).copied().collect::<Vec<_>>().join(", ") + &rest
 }
 
 /// The uid of the service account, from the token's claims; they must be those of the pod.
 fn account(token: &Token, audience: &str, pod: &Pod) -> Result<String, Refusal> {
-    #[derive(Deserialize)]
-    struct Claims {
-        #[serde(rename = "kubernetes.io")]
-        kubernetes: Kubernetes,
+    let claims = Claims::read(token).map_err(|why| {
+        Refusal::new(Code::FailedPrecondition, format!("the token for audience {audience:?} {why}"))
+    })?;
+    match claims.stranger_to(pod) {
+        None => Ok(claims.account_uid),
+        Some(why) => {
+            Err(Refusal::new(Code::PermissionDenied, format!("the token for audience {audience:?} {why}")))
+        }
     }
-    #[derive(Deserialize)]
-    struct Kubernetes {
-        namespace: String,
-        serviceaccount: Account,
+}
+
+/// Which kind of class the attributes name, as far as that can be told.
+#[must_use]
+pub fn kind(attributes: &BTreeMap<String, String>) -> Option<Kind> {
+    match (attributes.contains_key(PROVIDER_CLASS), attributes.contains_key(STORE_IMPORT)) {
+        (true, false) => Some(Kind::SecretProviderClass),
+        (false, true) => Some(Kind::SecretsStoreImport),
+        _ => None,
     }
-    #[derive(Deserialize)]
-    struct Account {
-        name: String,
-        uid: String,
-    }
-    let payload = token.expose().split('.').nth(1).and_then(|part| URL_SAFE_NO_PAD.decode(part).ok());
-    let claims =
-        payload.map(Zeroizing::new).and_then(|payload| serde_json::from_slice::<Claims>(&payload).ok());
-    let Some(Claims { kubernetes }) = claims else {
-        let text = format!(
-            "the token for audience {audience:?} is not a service account's; it must carry the claim kubernetes.io with \
-             namespace and serviceaccount"
-        );
-        return Err(Refusal::new(Code::FailedPrecondition, text));
-    };
-    if (&kubernetes.namespace, &kubernetes.serviceaccount.name) != (&pod.namespace, &pod.service_account) {
-        let text = format!(
-            "the token for audience {audience:?} is that of another service account than {}/{}, the pod's; the pod must be \
-             created anew",
-            pod.namespace, pod.service_account
-        );
-        return Err(Refusal::new(Code::PermissionDenied, text));
-    }
-    Ok(kubernetes.serviceaccount.uid)
 }
 
 #[cfg(test)]

@@ -119,6 +119,7 @@ impl From<FindError> for Refusal {
     fn from(error: FindError) -> Self {
         let code = match &error {
             FindError::Faults(_) => Code::FailedPrecondition,
+            FindError::Unknown { .. } => Code::Unavailable,
             FindError::Unreadable { .. } => Code::Internal,
         };
         Self::new(code, error.to_string())
@@ -141,6 +142,7 @@ fn serve(error: &ServeError) -> Code {
         }
         ServeError::Publish(PublishError::Cache(error)) => match error {
             CacheError::Limit { .. } => Code::ResourceExhausted,
+            CacheError::Unproven(error) => store(error.kind),
             CacheError::Stopped => Code::Unavailable,
             CacheError::Keys { .. } => Code::Internal,
         },

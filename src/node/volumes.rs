@@ -5,10 +5,10 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::worker::Volumes;
+use super::worker::{Holder, Volumes};
 use crate::agent::lent::{Estate, Order};
 use crate::agent::{Agent, ServeError};
-use crate::reference::VolumeId;
+use crate::reference::{Subject, VolumeId};
 use crate::secret::Token;
 use crate::volume::snapshot::FileRecord;
 
@@ -46,9 +46,15 @@ impl Volumes for Arc<Agent> {
         self.names()
     }
 
-    fn audience(&self, id: &VolumeId) -> Option<Option<String>> {
+    fn holder(&self, id: &VolumeId) -> Option<Holder> {
         let served = self.find(id)?;
-        Some(served.volume().spec().identity.auth.audience.clone())
+        let (volume, identity) = (served.volume(), &served.volume().spec().identity);
+        let account_uid = match &identity.subject {
+            Subject::ServiceAccount { uid, .. } => uid.clone(),
+            Subject::Local(_) => String::new(),
+        };
+        let (audience, pod) = (identity.auth.audience.clone(), volume.pod().cloned().unwrap_or_default());
+        Some(Holder { audience, pod, account_uid })
     }
 
     fn size(&self, id: &VolumeId) -> Option<(u64, u64)> {

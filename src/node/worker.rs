@@ -17,21 +17,26 @@ use std::time::{Duration, Instant};
 use fuse_secrets_csi::wire::Message;
 use fuse_secrets_csi::wire::link::{Asked, Link};
 use fuse_secrets_csi::wire::message::{
-    Adopt, Deposit, Done, Drain, Handover, Part, Publish, Role, Stats, Unpublish, Unsupported,
+    Adopt, Deposit, Done, Drain, Event, Handover, Part, Publish, Role, Stats, Unpublish, Unsupported,
 };
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use super::publish::{Resolved, pick, resolve};
+use super::publish::{Resolved, kind, pick, resolve};
 use super::refusal::{Code, Refusal};
 use super::{PATIENCE, attach_at_last, undone};
 use crate::agent::ServeError;
 use crate::agent::lent::{Estate, Keeper, Order};
 use crate::class::Classes;
 use crate::config::AgentConfig;
+use crate::kubernetes::Cluster;
+use crate::kubernetes::events::Reason;
+use crate::kubernetes::issuer::{Forged, Verdict};
+use crate::kubernetes::token::Claims;
 use crate::metrics::Metrics;
 use crate::reference::VolumeId;
 use crate::secret::Token;
+use crate::volume::{Pod, Trust};
 
 /// How long a worker that leaves waits for a shim that is away.
 const FAREWELL: Duration = Duration::from_secs(20);
@@ -39,6 +44,8 @@ const FAREWELL: Duration = Duration::from_secs(20);
 const OFFERS: usize = 16;
 /// How often a worker that does not feel well looks again; the shim's patience is 5 s.
 const UNWELL: Duration = Duration::from_millis(100);
+/// How long a volume waits for classes that are not known yet, as after the agent's start; kubelet asks again.
+const UNKNOWN: Duration = Duration::from_secs(10);
 
 /// What the protocol asks of the agent. The agent itself, and scripts in tests.
 pub trait Volumes: Send + Sync + 'static {
@@ -58,12 +65,23 @@ pub trait Volumes: Send + Sync + 'static {
     fn served(&self) -> Vec<VolumeId>;
     /// The descriptor of a volume that was adopted without anything that tells what it is: it is lent anew.
     fn blank(&self, id: &VolumeId) -> Option<OwnedFd>;
-    /// The audience whose token a volume takes; `None`: no such volume is served.
-    fn audience(&self, id: &VolumeId) -> Option<Option<String>>;
+    /// Whose a volume is; `None`: no such volume is served.
+    fn holder(&self, id: &VolumeId) -> Option<Holder>;
     /// Bytes of all values, and number of files; `None`: no such volume is served.
     fn size(&self, id: &VolumeId) -> Option<(u64, u64)>;
     /// Whether the threads and tasks that matter move.
     fn alive(&self) -> impl Future<Output = bool> + Send;
+}
+
+/// Whose a served volume is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holder {
+    /// The audience whose token it takes; `None`: the only one that comes.
+    pub audience: Option<String>,
+    /// The pod.
+    pub pod: Pod,
+    /// The uid of its service account.
+    pub account_uid: String,
 }
 
 /// Where the connection stands.
@@ -138,6 +156,7 @@ impl Keeper for Attachment {
 pub struct Worker<V> {
     volumes: V,
     classes: Arc<dyn Classes>,
+    cluster: Option<Cluster>,
     config: AgentConfig,
     attachment: Arc<Attachment>,
     /// No new volume is taken any more.
@@ -145,14 +164,16 @@ pub struct Worker<V> {
 }
 
 impl<V: Volumes> Worker<V> {
-    /// Serves with these parts. `attachment` is also what the volumes deposit through.
+    /// Serves with these parts; without a cluster each new volume's token proves itself by a login. `attachment` is also what the
+    /// volumes deposit through.
     pub fn new(
         volumes: V,
         classes: Arc<dyn Classes>,
+        cluster: Option<Cluster>,
         config: AgentConfig,
         attachment: Arc<Attachment>,
     ) -> Arc<Self> {
-        Arc::new(Self { volumes, classes, config, attachment, leaving: AtomicBool::new(false) })
+        Arc::new(Self { volumes, classes, cluster, config, attachment, leaving: AtomicBool::new(false) })
     }
 
     /// Attaches and answers, again and again, until it is dropped.
@@ -260,6 +281,7 @@ impl<V: Volumes> Worker<V> {
             Message::Adopt(adopt) => done(self.adopt(adopt, descriptors, resend).await),
             Message::Drain(Drain { volume }) => done(self.drain(VolumeId(volume)).await),
             Message::Stats(stats) => self.stats(stats).await,
+            Message::Event(event) => done(self.event(event)),
             other => Message::Unsupported(Unsupported { kind: other.kind() }),
         });
     }
@@ -271,8 +293,8 @@ impl<V: Volumes> Worker<V> {
         let (target, group) = (publish.target.clone(), publish.group);
         let metrics = &self.attachment.metrics;
         metrics.node_publishes.increment();
-        let result = self.lend(publish, move |Resolved { spec, pod, token, warnings }| {
-            (Order { id, target, spec, pod, group, token, fuse }, warnings)
+        let result = self.lend(publish, move |Resolved { spec, pod, token, warnings }, trust| {
+            (Order { id, target, spec, pod, group, token, trust, fuse }, warnings)
         });
         let result = result.await;
         if let Err(refusal) = &result {
@@ -284,23 +306,45 @@ impl<V: Volumes> Worker<V> {
     async fn lend(
         &self,
         publish: Publish,
-        order: impl FnOnce(Resolved) -> (Order, Vec<String>) + Send,
+        order: impl FnOnce(Resolved, Trust) -> (Order, Vec<String>) + Send,
     ) -> Result<Vec<String>, Refusal> {
         let deadline = Instant::now() + self.config.publish_deadline;
         if self.leaving.load(Ordering::Relaxed) {
             return Err(Refusal::new(Code::Unavailable, "this agent is leaving; ask the next one"));
         }
         let (volume, pod) = (publish.volume.clone(), publish.pod.get("csi.storage.k8s.io/pod.name").cloned());
+        if let Some(kind) = kind(&publish.attributes) {
+            let patience = UNKNOWN.min(self.config.publish_deadline);
+            // Whether they are known by then is told by who looks for one.
+            let _ = tokio::time::timeout(patience, self.classes.known(kind)).await;
+        }
         let (classes, config) = (Arc::clone(&self.classes), self.config.clone());
         let resolving = tokio::task::spawn_blocking(move || resolve(publish, classes.as_ref(), &config));
         let resolved = match resolving.await {
             Ok(resolved) => resolved,
             Err(_) => Err(Refusal::new(Code::Internal, "a fault of this program; its log tells where")),
         };
-        let lent = match resolved {
+        let trusted = match resolved {
             Ok(resolved) => {
-                let (order, warnings) = order(resolved);
-                self.volumes.lend(order, deadline).await.map(|()| warnings).map_err(Refusal::from)
+                let audience = resolved.spec.identity.auth.audience.as_deref().unwrap_or_default();
+                self.trust(&resolved.token, audience).await.map(|trust| (resolved, trust))
+            }
+            Err(refusal) => Err(refusal),
+        };
+        let lent = match trusted {
+            Ok((resolved, trust)) => {
+                let owner = resolved.pod.clone();
+                let (order, warnings) = order(resolved, trust);
+                let lent = self.volumes.lend(order, deadline).await.map_err(Refusal::from);
+                lent.map(|()| {
+                    let metrics = &self.attachment.metrics;
+                    match trust {
+                        Trust::Proven => metrics.tokens_signed.increment(),
+                        Trust::Login => metrics.tokens_login.increment(),
+                    }
+                    self.warn(&volume, &owner, &warnings);
+                    warnings
+                })
             }
             Err(refusal) => Err(refusal),
         };
@@ -310,12 +354,85 @@ impl<V: Volumes> Worker<V> {
         lent
     }
 
-    /// A volume that is served gets its newer token; nobody is asked.
-    async fn renew(&self, id: &VolumeId, mut publish: Publish) -> Result<Vec<String>, Refusal> {
+    /// Whether a token is known to be its pod's. With no keys at hand nobody can tell; then it must log in by itself.
+    async fn trust(&self, token: &Token, audience: &str) -> Result<Trust, Refusal> {
+        let Some(cluster) = &self.cluster else { return Ok(Trust::Login) };
+        match cluster.issuer.verify(token, audience).await {
+            Ok(Verdict::Signed) => Ok(Trust::Proven),
+            Ok(Verdict::Unknown) => Ok(Trust::Login),
+            Err(forged) => {
+                self.attachment.metrics.tokens_refused_publish.increment();
+                let code = match forged {
+                    Forged::Expired | Forged::Early => Code::FailedPrecondition,
+                    _ => Code::PermissionDenied,
+                };
+                Err(Refusal::new(code, format!("the token for audience {audience:?} {forged}")))
+            }
+        }
+    }
+
+    /// Tells a pod's owner what works otherwise than they may think.
+    fn warn(&self, volume: &str, pod: &Pod, warnings: &[String]) {
+        if let (Some(cluster), false) = (&self.cluster, warnings.is_empty()) {
+            cluster.events.tell(volume, pod, Reason::VolumeWarning, &warnings.join("\n"));
+        }
+    }
+
+    /// The shim has something to tell a pod's owner. Without an API server the log has it.
+    fn event(&self, event: Event) -> Result<Vec<String>, Refusal> {
+        let Event { volume, text, .. } = event;
         let unknown = || Refusal::new(Code::NotFound, "this agent does not serve the volume");
-        let audience = self.volumes.audience(id).ok_or_else(unknown)?;
-        let (_, token) = pick(&mut publish.tokens, audience.as_deref())?;
-        if self.volumes.renew(id, token).await { Ok(Vec::new()) } else { Err(unknown()) }
+        let holder = self.volumes.holder(&VolumeId(volume.clone())).ok_or_else(unknown)?;
+        if let Some(cluster) = &self.cluster {
+            cluster.events.tell(&volume, &holder.pod, Reason::DeadMount, &text);
+        }
+        Ok(Vec::new())
+    }
+
+    /// A volume that is served gets its newer token. No store is asked, and no error is answered: kubelet may take a mount away
+    /// whose republish failed. A token that is not its pod's is left, and the volume keeps the one that it has.
+    async fn renew(&self, id: &VolumeId, publish: Publish) -> Result<Vec<String>, Refusal> {
+        let unknown = || Refusal::new(Code::NotFound, "this agent does not serve the volume");
+        let holder = self.volumes.holder(id).ok_or_else(unknown)?;
+        match self.newer(&holder, publish).await {
+            Ok(token) => {
+                if self.volumes.renew(id, token).await {
+                    Ok(Vec::new())
+                } else {
+                    Err(unknown())
+                }
+            }
+            Err(why) => {
+                self.attachment.metrics.tokens_refused_renewal.increment();
+                let pod = holder.pod.name;
+                tracing::warn!(
+                    volume = id.0,
+                    pod,
+                    "a newer token is not taken, the volume keeps its own: {why}"
+                );
+                Ok(Vec::new())
+            }
+        }
+    }
+
+    /// The newer token of a served volume, as far as it is its pod's.
+    async fn newer(&self, holder: &Holder, mut publish: Publish) -> Result<Token, String> {
+        let picked = pick(&mut publish.tokens, holder.audience.as_deref());
+        let (audience, token) = picked.map_err(|refusal| refusal.text)?;
+        let of = |why: &str| format!("the token for audience {audience:?} {why}");
+        let claims = Claims::read(&token).map_err(of)?;
+        if let Some(why) = claims.stranger_to(&holder.pod) {
+            return Err(of(&why));
+        }
+        if claims.account_uid != holder.account_uid {
+            return Err(of(
+                "is that of a service account that was made anew since; the pod must be created anew",
+            ));
+        }
+        if let Some(cluster) = &self.cluster {
+            cluster.issuer.verify(&token, &audience).await.map_err(|forged| of(&forged.to_string()))?;
+        }
+        Ok(token)
     }
 
     async fn adopt(

@@ -179,7 +179,8 @@ mod tests {
     }
 
     fn sample(memory: &Arc<SecretMemory>) -> Pages {
-        let pod = Pod { name: "web-1".into(), namespace: "shop".into(), service_account: "web".into() };
+        let (name, namespace, account) = ("web-1".into(), "shop".into(), "web".into());
+        let pod = Pod { name, namespace, service_account: account, uid: String::new() };
         let token = Token::new("header.body.signature".into()).unwrap();
         let (spec, init) = (spec(), Init { minor: 45, flags: 1 << 40 });
         let (pod, group, target) = (Some(&pod), Some(2000), "/var/lib/kubelet/pods/u/volumes/mount");

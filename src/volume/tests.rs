@@ -56,7 +56,8 @@ impl Bench {
 
     pub(super) async fn publish(&self, volume: &Arc<Volume>) -> Result<(), PublishError> {
         let deadline = now().monotonic + Duration::from_secs(5);
-        volume.publish(&self.cache, Arc::new(Credential::Jwt(token("jwt"))), deadline).await
+        let credential = Arc::new(Credential::Jwt(token("jwt")));
+        volume.publish(&self.cache, credential, Trust::Proven, deadline).await
     }
 }
 

@@ -13,7 +13,7 @@
 //! | `Stats` | shim | | with itself |
 //! | `Poke` | worker | | when all watchers were told |
 //! | `WhoIs` | worker | | with itself |
-//! | `Event` | worker | | |
+//! | `Event` | shim | | when it is on its way |
 //! | `Volumes` | observer | | with itself |
 //! | `Abort` | observer | | when its connection has ended |
 //!
@@ -26,9 +26,6 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use zeroize::Zeroizing;
 
 use super::Fault;
-
-/// Among what [`Publish::pod`] says, beside kubelet's keys: the pod has a `nodePublishSecretRef`, whose content was dropped.
-pub const DROPPED_SECRETS: &str = "nodePublishSecretRef";
 
 /// A token on its way: wiped on drop, without `Debug`, `Clone` or `Serialize` of its own.
 pub struct Secret(Zeroizing<String>);
@@ -225,6 +222,8 @@ messages! {
         /// Service-account tokens by audience.
         #[serde(serialize_with = "expose")]
         tokens: BTreeMap<String, Secret>,
+        /// Whether `nodePublishSecretRef` of the pod's spec named anything, all of which the shim drops.
+        secret_ref: bool,
     }
     /// A volume is gone: wipe it and give back what was leased for it.
     3 Unpublish {

@@ -212,7 +212,7 @@ fn what_cannot_become_good_by_a_restart_ends_it_with_a_code_that_says_so() {
     std::fs::create_dir("/tmp/classes").unwrap();
     for (arguments, code, text) in [
         (&["--classes", "/tmp/classes"][..], 64, "runs as root"),
-        (&[], 64, "--classes"),
+        (&["--allow-root"], 64, "no API server is known"),
         (&["--classes", "/tmp/none", "--allow-root"], 66, "cannot read /tmp/none"),
         (&["--classes", "/tmp/classes", "--config", "/tmp/none"], 66, "cannot read /tmp/none"),
         (

@@ -17,6 +17,8 @@ mod outage;
 mod stage;
 /// What root does by hand, and volumes that go while they are used.
 mod abort;
+/// Tokens that are not the pod's.
+mod forged;
 /// The death of everything.
 mod heal;
 mod life;

@@ -365,7 +365,7 @@ fn secrets_that_a_pod_names_for_the_driver_are_dropped_with_a_warning() {
     world.node.block_on(client.node_publish_volume(request)).unwrap();
     assert_eq!(std::fs::read_to_string(volume.join("password")).unwrap(), "p");
     let logs = world.node.logs();
-    assert!(logs.contains("nodePublishSecretRef: has no effect, nothing reads it; remove it"), "{logs}");
+    assert!(logs.contains("nodePublishSecretRef: has no effect, the Secret is not read; remove it from the pod's spec"), "{logs}");
     assert!(!logs.contains(CANARY));
     world.node.unpublish(&volume).unwrap();
     world.node.wait_settled(&world.empty);

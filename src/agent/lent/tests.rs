@@ -29,9 +29,14 @@ fn order(fuse: OwnedFd) -> Order {
         freshness: Freshness::default(),
         ownership: Ownership::default(),
     };
-    let pod = Pod { name: "web".into(), namespace: "shop".into(), service_account: "web".into() };
+    let pod = Pod {
+        name: "web".into(),
+        namespace: "shop".into(),
+        service_account: "web".into(),
+        uid: String::new(),
+    };
     let (id, target) = (VolumeId("v".into()), "/var/lib/there".to_owned());
-    Order { id, target, spec, pod, group: Some(2000), token: token("first"), fuse }
+    Order { id, target, spec, pod, group: Some(2000), token: token("first"), trust: Trust::Proven, fuse }
 }
 
 fn estate(fuse: OwnedFd, shelf: &Shelf) -> Estate {

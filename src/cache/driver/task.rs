@@ -12,13 +12,13 @@ use serde_json::value::RawValue;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 
-use super::{Cache, Command, Done, Registration, Subscriber, shielded};
+use super::{Cache, Command, Done, Entrance, Registration, Reply, Subscriber, shielded};
 use crate::cache::id::{EntryId, FlightId, HolderId, IdentityId, WantId};
 use crate::cache::identity::Terms;
 use crate::cache::machine::{Action, Event, Machine};
 use crate::cache::{CacheError, Limits, Slot, State, Value};
 use crate::metrics::Metrics;
-use crate::reference::{Freshness, Identity, Key};
+use crate::reference::{Identity, Key};
 use crate::secret::Token;
 use crate::secret::arena::Arena;
 use crate::secret::pages::MemoryError;
@@ -33,6 +33,7 @@ enum Ended {
     LoggedIn { flight: FlightId, identity: Arc<Identity>, ours: bool, result: Result<Login, StoreError> },
     Renewed(FlightId, Result<Login, StoreError>),
     Answered(FlightId, EntryId, Result<Answer, StoreError>),
+    Proved { cache: Cache, entrance: Entrance, reply: Reply, result: Result<Login, StoreError> },
     Revoked,
 }
 
@@ -87,6 +88,7 @@ pub(super) struct Task<S> {
     wants: HashMap<WantId, Done>,
     requests: JoinSet<Ended>,
     revocations: Arc<Semaphore>,
+    proofs: Arc<Semaphore>,
     bytes: usize,
     last_id: u64,
     told: Told,
@@ -135,6 +137,7 @@ impl<S: Store> Task<S> {
             wants: HashMap::new(),
             requests: JoinSet::new(),
             revocations: Arc::new(Semaphore::new(requests::REVOCATIONS)),
+            proofs: Arc::new(Semaphore::new(requests::PROOFS)),
             bytes: 0,
             last_id: 0,
             told: Told::default(),
@@ -173,13 +176,15 @@ impl<S: Store> Task<S> {
         };
         inbox.close();
         while inbox.try_recv().is_ok() {}
-        for holder in self.holders.keys().copied().collect::<Vec<_>>() {
-            self.leave(holder);
-        }
-        // Each has its deadline. A login that ends only now is given back too.
-        while let Some(ended) = self.requests.join_next().await {
-            if let Ok(ended) = ended {
-                self.ended(ended);
+        loop {
+            for holder in self.holders.keys().copied().collect::<Vec<_>>() {
+                self.leave(holder);
+            }
+            // Each has its deadline. A login that ends only now is given back too, also one that proved somebody.
+            match self.requests.join_next().await {
+                Some(Ok(ended)) => self.ended(ended),
+                Some(Err(_)) => {}
+                None => break,
             }
         }
         if let Some(stopped) = stopped {
@@ -190,10 +195,13 @@ impl<S: Store> Task<S> {
 
     fn command(&mut self, command: Command) {
         match command {
-            Command::Register { cache, keys, credential, freshness, subscriber, reply } => {
-                let registration = self.register(cache, keys, credential, freshness, subscriber);
+            Command::Register { cache, entrance, proof: None, reply } => {
+                let registration = self.register(cache, entrance, None);
                 // If nobody waits for it any more, its drop takes it back.
                 let _ = reply.send(registration);
+            }
+            Command::Register { cache, entrance, proof: Some(deadline), reply } => {
+                self.prove(cache, entrance, deadline, reply);
             }
             Command::Credential { holder, credential } => {
                 if let Some(event) = self.remember(holder, credential) {
@@ -215,26 +223,27 @@ impl<S: Store> Task<S> {
     fn register(
         &mut self,
         cache: Cache,
-        keys: Vec<Key>,
-        credential: Arc<Credential>,
-        freshness: Freshness,
-        subscriber: Arc<dyn Subscriber>,
+        entrance: Entrance,
+        login: Option<Login>,
     ) -> Result<Registration, CacheError> {
-        self.machine.admit(&keys)?;
-        if self.bytes >= self.limits.bytes && keys.iter().any(|key| self.machine.entry(key).is_none()) {
-            return Err(CacheError::Limit {
-                what: "bytes",
-                used: self.bytes,
-                wanted: 1,
-                limit: self.limits.bytes,
-                remedy: "mount fewer or smaller secrets on this node or raise the cache's limit of bytes",
-            });
+        let Entrance { keys, credential, freshness, subscriber } = entrance;
+        let (terms, cargo) = match login {
+            Some(Login { token, renewable, ttl }) => {
+                let (identity, ours) = (Arc::clone(&keys[0].identity), makes_tokens(&credential));
+                (Some(Terms { renewable, ttl }), Cargo::Token { token, identity, ours })
+            }
+            None => (None, Cargo::None),
+        };
+        if let Err(full) = self.admit(&keys) {
+            // What was brought along is given back.
+            self.perform(Vec::new(), cargo);
+            return Err(full);
         }
         let holder = HolderId(self.number());
         let identity = Arc::clone(&keys[0].identity);
         let (progress, follow) = watch::channel(());
         let since = now().monotonic;
-        let event = Event::Register { holder, keys: keys.clone(), freshness };
+        let event = Event::Register { holder, keys: keys.clone(), freshness, login: terms };
         let actions = self.machine.on(event, now(), &mut self.rng);
         let Some(id) = self.machine.identity(&identity) else { return Err(CacheError::Stopped) };
         self.holders.insert(holder, Holder { identity: id, subscriber, progress });
@@ -254,11 +263,25 @@ impl<S: Store> Task<S> {
             held.insert(key, (entry, slot));
         }
         let changed = self.remember(holder, credential);
-        self.perform(actions, Cargo::None);
+        self.perform(actions, cargo);
         if let Some(event) = changed {
             self.feed(event, Cargo::None);
         }
         Ok(Registration { cache, holder, since, held, progress: follow })
+    }
+
+    fn admit(&self, keys: &[Key]) -> Result<(), CacheError> {
+        self.machine.admit(keys)?;
+        if self.bytes >= self.limits.bytes && keys.iter().any(|key| self.machine.entry(key).is_none()) {
+            return Err(CacheError::Limit {
+                what: "bytes",
+                used: self.bytes,
+                wanted: 1,
+                limit: self.limits.bytes,
+                remedy: "mount fewer or smaller secrets on this node or raise the cache's limit of bytes",
+            });
+        }
+        Ok(())
     }
 
     fn leave(&mut self, holder: HolderId) {
@@ -300,6 +323,14 @@ impl<S: Store> Task<S> {
                     Err(error) => (Err(error), Cargo::None),
                 };
                 self.feed(Event::Answered { flight, result }, cargo);
+            }
+            Ended::Proved { cache, entrance, reply, result } => {
+                let registration = match result {
+                    Ok(login) => self.register(cache, entrance, Some(login)),
+                    Err(error) => Err(CacheError::Unproven(error)),
+                };
+                // As above.
+                let _ = reply.send(registration);
             }
             Ended::Revoked => {}
         }
@@ -482,6 +513,11 @@ impl<S: Store> Task<S> {
         self.last_id += 1;
         self.last_id
     }
+}
+
+/// Whether a login with it makes a token that is ours to give back.
+fn makes_tokens(credential: &Credential) -> bool {
+    matches!(credential, Credential::Jwt(_) | Credential::JwtFile(_) | Credential::SecretIdFile(_))
 }
 
 /// The present on tokio's clock, which tests can stop.

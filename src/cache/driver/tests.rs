@@ -319,7 +319,7 @@ async fn stopping_wipes_everything_and_gives_tokens_back_before_it_returns() {
         .cache
         .register(keys(&["one"]), jwt("first"), Freshness::default(), Arc::new(Listener::default()))
         .await;
-    assert_eq!(refused.err(), Some(CacheError::Stopped));
+    assert!(matches!(refused.err(), Some(CacheError::Stopped)));
 }
 
 #[tokio::test(start_paused = true)]
@@ -367,4 +367,61 @@ async fn a_panicking_store_client_costs_a_delay_and_not_the_entry() {
     bench.store.play(Scenario::Healthy);
     pass(120).await;
     assert_eq!(registration.slot(&keys(&["one"])[0]).unwrap().state(), State::Fresh);
+}
+
+impl Bench {
+    async fn prove(&self, credential: Arc<Credential>) -> Result<Registration, CacheError> {
+        let (listener, freshness) = (Arc::new(Listener::default()), Freshness::default());
+        self.cache.prove_and_register(keys(&["one"]), credential, freshness, listener, within(10)).await
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_login_that_proves_the_first_volume_is_its_identitys_and_that_of_the_next_is_given_back() {
+    let bench = bench(Limits::default());
+    bench.store.rotate("one", "v1");
+    let first = bench.prove(jwt("first")).await.unwrap();
+    first.ready(within(10)).await.unwrap();
+    assert_eq!((bench.store.counts(), bench.store.revoked.load(Ordering::Relaxed)), ((1, 1), 0));
+    let second = bench.prove(jwt("second")).await.unwrap();
+    second.ready(within(10)).await.unwrap();
+    assert_eq!(bench.store.counts(), (2, 1), "a login of its own, and the value that is there");
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(bench.store.revoked.load(Ordering::Relaxed), 1);
+    drop((first, second));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(bench.store.revoked.load(Ordering::Relaxed), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_cached_value_is_given_for_a_credential_that_the_store_refuses() {
+    let bench = bench(Limits::default());
+    bench.store.rotate("one", "v1");
+    bench.store.play(Scenario::RoleWithoutPod);
+    let good = bench.prove(jwt("second")).await.unwrap();
+    good.ready(within(10)).await.unwrap();
+    let refused = bench.prove(jwt("forged")).await.err().unwrap();
+    let CacheError::Unproven(error) = refused else { panic!("{refused}") };
+    assert!(!error.is_retryable(), "{error}");
+    // Nor does it stand in for the good one when the token must be got again.
+    bench.store.rotate("one", "v2");
+    tokio::time::sleep(Duration::from_secs(3600)).await;
+    let slot = good.slots().next().map(|(_, slot)| Arc::clone(slot)).unwrap();
+    assert!(!slot.is_failing() && slot.value().is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_proof_waits_for_a_store_that_does_not_answer_until_its_deadline() {
+    let bench = bench(Limits::default());
+    bench.store.play(Scenario::Sealed);
+    let begun = tokio::time::Instant::now();
+    let CacheError::Unproven(error) = bench.prove(jwt("first")).await.err().unwrap() else {
+        panic!("another")
+    };
+    assert!(error.is_retryable() && begun.elapsed() <= Duration::from_secs(11), "{error}");
+    assert!(bench.store.counts().0 > 2);
+    bench.store.play(Scenario::Healthy);
+    bench.store.rotate("one", "v1");
+    let registration = bench.prove(jwt("first")).await.unwrap();
+    registration.ready(within(10)).await.unwrap();
 }

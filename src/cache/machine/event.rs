@@ -18,6 +18,8 @@ pub enum Event {
         keys: Vec<Key>,
         /// How fresh.
         freshness: Freshness,
+        /// A login that was made for it already; the driver keeps the token.
+        login: Option<Terms>,
     },
     /// A registration ended.
     Unregister {
@@ -81,7 +83,7 @@ pub enum Action {
         /// By when the store must answer.
         deadline: Instant,
     },
-    /// The token that the ended login or renewal brought is the identity's from now on.
+    /// The token that the registration, or the ended login or renewal, brought is the identity's from now on.
     Hold {
         /// Whose.
         identity: IdentityId,

@@ -152,26 +152,7 @@ impl Machine {
             return;
         };
         match result {
-            Ok(terms) => {
-                let new = session.answered(how, terms, now, rng);
-                let waiting = std::mem::take(&mut session.waiting);
-                let changed = std::mem::take(&mut session.credential_changed);
-                let entries = if new { session.entries.clone() } else { Default::default() };
-                self.actions.push(Action::Hold { identity });
-                for id in waiting {
-                    if let Some(flight) = self.entries.get(&id).and_then(|entry| entry.flight) {
-                        self.proceed(id, flight, now, rng);
-                    }
-                }
-                for id in entries {
-                    let Some(entry) = self.entries.get_mut(&id) else { continue };
-                    // The store ends leases with the token that they were read with.
-                    if entry.is_leased() || (changed && entry.is_failing()) {
-                        entry.hurry(now);
-                        self.reschedule(id);
-                    }
-                }
-            }
+            Ok(terms) => self.hold(identity, how, terms, now, rng),
             Err(error) => match session.failed(&error, now, rng) {
                 Setback::Bearable => {}
                 Setback::Submit => self.submit(identity, How::Login),
@@ -183,6 +164,43 @@ impl Machine {
             },
         }
         self.watch(identity);
+    }
+
+    /// A registration came with a login of its own. An identity that has a token keeps that one.
+    pub(super) fn logged_in_before(
+        &mut self,
+        identity: IdentityId,
+        terms: Terms,
+        now: Instant,
+        rng: &mut dyn Rng,
+    ) {
+        if self.sessions.get(&identity).is_some_and(|session| session.token().is_none()) {
+            self.hold(identity, How::Login, terms, now, rng);
+            self.watch(identity);
+        }
+    }
+
+    /// There is a token: whatever waited for it goes on.
+    fn hold(&mut self, identity: IdentityId, how: How, terms: Terms, now: Instant, rng: &mut dyn Rng) {
+        let Some(session) = self.sessions.get_mut(&identity) else { return };
+        let new = session.answered(how, terms, now, rng);
+        let waiting = std::mem::take(&mut session.waiting);
+        let changed = std::mem::take(&mut session.credential_changed);
+        let entries = if new { session.entries.clone() } else { Default::default() };
+        self.actions.push(Action::Hold { identity });
+        for id in waiting {
+            if let Some(flight) = self.entries.get(&id).and_then(|entry| entry.flight) {
+                self.proceed(id, flight, now, rng);
+            }
+        }
+        for id in entries {
+            let Some(entry) = self.entries.get_mut(&id) else { continue };
+            // The store ends leases with the token that they were read with.
+            if entry.is_leased() || (changed && entry.is_failing()) {
+                entry.hurry(now);
+                self.reschedule(id);
+            }
+        }
     }
 
     pub(super) fn credential(&mut self, identity: IdentityId, replaces_token: bool, now: Instant) {

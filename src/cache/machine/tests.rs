@@ -180,7 +180,7 @@ impl World {
         self.last += 1;
         let holder = HolderId(self.last);
         self.machine.admit(keys).unwrap();
-        self.on(Event::Register { holder, keys: keys.to_vec(), freshness });
+        self.on(Event::Register { holder, keys: keys.to_vec(), freshness, login: None });
         holder
     }
 

@@ -83,7 +83,8 @@ impl World {
         let volume = Volume::new(VolumeId("v".into()), spec, None, surroundings);
         store.rotate("app", "one");
         let deadline = Instant::now() + Duration::from_secs(10);
-        volume.publish(&cache, Arc::new(Credential::Jwt(token("jwt"))), deadline).await.unwrap();
+        let credential = Arc::new(Credential::Jwt(token("jwt")));
+        volume.publish(&cache, credential, crate::volume::Trust::Proven, deadline).await.unwrap();
         let invalidator = Invalidator::start().unwrap();
         Self { store, pool, invalidator, fs: Fs::new(volume) }
     }

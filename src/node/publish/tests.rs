@@ -1,3 +1,6 @@
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+
 use super::*;
 use crate::class::{self, FindError};
 use crate::config::Layer;
@@ -17,6 +20,12 @@ impl Classes for Scripted {
         let classes = class::parse(&self.0)?.into_iter();
         let there = classes.filter(|class| class.namespace.as_deref() == Some(namespace));
         Ok(there.map(|class| (class.kind, class.name)).collect())
+    }
+
+    fn elsewhere(&self, kind: Kind, namespace: &str, name: &str) -> Vec<String> {
+        let classes = class::parse(&self.0).unwrap_or_default().into_iter();
+        let others = classes.filter(|class| class.kind == kind && class.name == name);
+        others.filter_map(|class| class.namespace).filter(|other| other != namespace).collect()
     }
 }
 
@@ -43,7 +52,11 @@ fn classes() -> Scripted {
 fn token(namespace: &str, name: &str) -> String {
     let claims = serde_json::json!({
         "aud": ["vault"],
-        "kubernetes.io": { "namespace": namespace, "serviceaccount": { "name": name, "uid": "uid-1" } },
+        "kubernetes.io": {
+            "namespace": namespace,
+            "serviceaccount": { "name": name, "uid": "uid-1" },
+            "pod": { "name": "web-0", "uid": "pod-uid" },
+        },
     });
     format!("e30.{}.c2ln", URL_SAFE_NO_PAD.encode(claims.to_string()))
 }
@@ -131,13 +144,12 @@ fn a_class_that_leads_elsewhere_is_refused_before_a_token_is_looked_at() {
 #[test]
 fn what_has_no_effect_is_a_warning_for_the_pods_owner() {
     let allow = "allow: [{namespaces: [app], addresses: [https://other.example:8200], skipVerify: true}]";
-    let mut publish = publish(&[(PROVIDER_CLASS, "elsewhere")]);
-    publish.pod.insert(DROPPED_SECRETS.to_owned(), String::new());
+    let publish = Publish { secret_ref: true, ..publish(&[(PROVIDER_CLASS, "elsewhere")]) };
     let resolved = resolve(publish, &classes(), &config(allow)).unwrap();
     assert_eq!(
         resolved.warnings,
         [
-            "nodePublishSecretRef: has no effect, nothing reads it; remove it",
+            "nodePublishSecretRef: has no effect, the Secret is not read; remove it from the pod's spec",
             "SecretProviderClass app/elsewhere: spec.secretObjects: not synced yet: the volume works, but no Kubernetes Secret is made",
             "SecretProviderClass app/elsewhere: spec.parameters.vaultSkipTLSVerify: any certificate is accepted: who stands in between reads tokens and \
          secrets",
@@ -180,6 +192,9 @@ fn unknown_attributes_can_be_ignored_with_a_warning_and_then_override_nothing() 
     let publish = publish(&[DATABASE, ("role", "admin")]);
     let resolved = resolve(publish, &classes(), &config("unknownAttributes: ignore")).unwrap();
     assert_eq!(resolved.warnings, ["volumeAttributes.role has no effect; remove it"]);
+    let publish = Publish { secret_ref: true, ..self::publish(&[DATABASE]) };
+    let resolved = resolve(publish, &classes(), &config("")).unwrap();
+    assert_eq!(resolved.warnings, [SECRET_REF]);
     assert_eq!(resolved.spec.identity.auth.role, "web");
 }
 
@@ -211,7 +226,14 @@ fn a_class_that_is_not_there_names_those_that_are() {
     elsewhere.pod.insert("csi.storage.k8s.io/pod.namespace".to_owned(), "other".to_owned());
     assert_eq!(
         refused(elsewhere).text,
-        "there is no SecretsStoreImport other/database, nor any other in this namespace; create it, or correct the name or \
+        "there is no SecretsStoreImport other/database; database is in namespace app, but a pod may only use classes of its own \
+         namespace other: create it there"
+    );
+    let mut nowhere = publish(&[(STORE_IMPORT, "none")]);
+    nowhere.pod.insert("csi.storage.k8s.io/pod.namespace".to_owned(), "other".to_owned());
+    assert_eq!(
+        refused(nowhere).text,
+        "there is no SecretsStoreImport other/none, nor any other in this namespace; create it, or correct the name or \
          namespace"
     );
 }
@@ -286,6 +308,16 @@ fn a_token_must_be_a_service_accounts_and_the_pods_own() {
         assert_eq!(refusal.code, Code::PermissionDenied);
         assert!(refusal.text.contains("another service account than app/web"), "{refusal}");
     }
+    for (claim, value) in [("name", "web-1"), ("uid", "pod-2")] {
+        let mut stranger = publish(&[DATABASE]);
+        stranger.pod.insert(format!("csi.storage.k8s.io/pod.{claim}"), value.to_owned());
+        let refusal = refused(stranger);
+        assert_eq!(refusal.code, Code::PermissionDenied);
+        assert!(refusal.text.contains(&format!("(claim kubernetes.io/pod/{claim})")), "{refusal}");
+    }
+    let unbound = r#"{"kubernetes.io":{"namespace":"app","serviceaccount":{"name":"web","uid":"uid-1"}}}"#;
+    let refusal = with(format!("e30.{}.c2ln", URL_SAFE_NO_PAD.encode(unbound)));
+    assert!(refusal.text.contains("is bound to no pod"), "{refusal}");
 }
 
 #[test]

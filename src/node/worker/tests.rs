@@ -2,6 +2,8 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt as _;
 use std::sync::Mutex;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use fuse_secrets_csi::wire::Secret;
 use fuse_secrets_csi::wire::link::End;
 use fuse_secrets_csi::wire::message::{Abort, Hello, Refused};
@@ -18,6 +20,7 @@ struct Scripted {
     log: Arc<Mutex<Vec<String>>>,
     unwell: Arc<AtomicBool>,
     served: Arc<Mutex<Vec<String>>>,
+    trusts: Arc<Mutex<Vec<Trust>>>,
 }
 
 impl Scripted {
@@ -55,6 +58,7 @@ impl Volumes for Scripted {
             order.group,
             inode(&order.fuse)
         ));
+        self.trusts.lock().unwrap().push(order.trust);
         self.served.lock().unwrap().push(order.id.0);
         Ok(())
     }
@@ -104,8 +108,11 @@ impl Volumes for Scripted {
         self.served.lock().unwrap().iter().cloned().map(VolumeId).collect()
     }
 
-    fn audience(&self, id: &VolumeId) -> Option<Option<String>> {
-        self.serves(id).then(|| Some("vault".to_owned()))
+    fn holder(&self, id: &VolumeId) -> Option<Holder> {
+        let (name, namespace, account) = ("web-0".to_owned(), "app".to_owned(), "web".to_owned());
+        let pod = Pod { name, namespace, service_account: account, uid: "pod-1".to_owned() };
+        let (audience, account_uid) = (Some("vault".to_owned()), "account-1".to_owned());
+        self.serves(id).then_some(Holder { audience, pod, account_uid })
     }
 
     fn size(&self, id: &VolumeId) -> Option<(u64, u64)> {
@@ -165,7 +172,7 @@ impl World {
         let config = AgentConfig::resolve(Layer::default(), Layer::default(), file).unwrap();
         let (volumes, metrics) = (Scripted::default(), Arc::new(Metrics::default()));
         let attachment = Attachment::new(Arc::clone(&metrics));
-        let worker = Worker::new(volumes.clone(), Arc::new(OneClass), config, attachment);
+        let worker = Worker::new(volumes.clone(), Arc::new(OneClass), None, config, attachment);
         let running = tokio::spawn(Arc::clone(&worker).run());
         Self { volumes, worker, listener, metrics, running, _directory: directory }
     }
@@ -206,8 +213,18 @@ impl Shim {
 }
 
 fn publish(volume: &str, class: &str) -> Message {
-    // {"kubernetes.io":{"namespace":"app","serviceaccount":{"name":"web","uid":"u"}}}
-    const TOKEN: &str = "e30.eyJrdWJlcm5ldGVzLmlvIjp7Im5hbWVzcGFjZSI6ImFwcCIsInNlcnZpY2VhY2NvdW50Ijp7Im5hbWUiOiJ3ZWIiLCJ1aWQiOiJ1In19fQ.c2ln";
+    publish_with(volume, class, &token("web-0", "account-1"))
+}
+
+/// Of a pod of that name, and an account of that uid.
+fn token(pod: &str, account: &str) -> String {
+    let claims = serde_json::json!({"kubernetes.io": {
+        "namespace": "app", "serviceaccount": {"name": "web", "uid": account}, "pod": {"name": pod, "uid": "pod-1"},
+    }});
+    format!("e30.{}.c2ln", URL_SAFE_NO_PAD.encode(claims.to_string()))
+}
+
+fn publish_with(volume: &str, class: &str, token: &str) -> Message {
     let map = |pairs: &[(&str, &str)]| -> BTreeMap<String, String> {
         pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
     };
@@ -217,11 +234,13 @@ fn publish(volume: &str, class: &str) -> Message {
         pod: map(&[
             ("csi.storage.k8s.io/pod.name", "web-0"),
             ("csi.storage.k8s.io/pod.namespace", "app"),
+            ("csi.storage.k8s.io/pod.uid", "pod-1"),
             ("csi.storage.k8s.io/serviceAccount.name", "web"),
         ]),
         attributes: map(&[("secretsStoreImport", class)]),
         group: Some(7),
-        tokens: BTreeMap::from([("vault".to_owned(), Secret::new(TOKEN.to_owned()))]),
+        tokens: BTreeMap::from([("vault".to_owned(), Secret::new(token.to_owned()))]),
+        ..Publish::default()
     })
 }
 
@@ -249,6 +268,34 @@ async fn a_publish_is_lent_a_republish_only_renews_and_an_unpublish_ends() {
     assert_eq!(world.volumes.log(), ["end v"]);
     assert_eq!(shim.refused(publish("v", "db"), Vec::new()).await.code, 5);
     assert_eq!((world.metrics.node_publishes.value(), world.metrics.node_attached.value()), (2, 1));
+}
+
+#[tokio::test]
+async fn a_republish_with_a_token_that_is_not_the_pods_is_answered_and_changes_nothing() {
+    let world = World::new();
+    let shim = world.accept(Handover::Clone).await;
+    shim.done(publish("v", "db"), vec![file()]).await;
+    world.volumes.log();
+    let foreign = [token("web-1", "account-1"), token("web-0", "account-2"), "no.token.atall".to_owned()];
+    for token in &foreign {
+        assert!(shim.done(publish_with("v", "db", token), Vec::new()).await.is_empty());
+    }
+    let Message::Publish(mut without) = publish("v", "db") else { panic!("no publish") };
+    without.tokens.clear();
+    shim.done(Message::Publish(without), Vec::new()).await;
+    assert!(world.volumes.log().is_empty(), "the volume keeps its token");
+    assert_eq!(world.metrics.tokens_refused_renewal.value(), 4);
+    shim.done(publish("v", "db"), Vec::new()).await;
+    assert_eq!(world.volumes.log().len(), 1);
+}
+
+#[tokio::test]
+async fn without_keys_every_new_volume_proves_itself_by_a_login() {
+    let world = World::new();
+    let shim = world.accept(Handover::Clone).await;
+    shim.done(publish("v", "db"), vec![file()]).await;
+    assert_eq!(*world.volumes.trusts.lock().unwrap(), [Trust::Login]);
+    assert_eq!((world.metrics.tokens_login.value(), world.metrics.tokens_signed.value()), (1, 0));
 }
 
 #[tokio::test]

@@ -83,6 +83,7 @@ impl Node {
             attributes: BTreeMap::from([(attribute.to_owned(), String::new())]),
             group: None,
             tokens: BTreeMap::new(),
+            secret_ref: false,
         };
         self.keeper.publish(publish).await
     }

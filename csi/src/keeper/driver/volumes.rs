@@ -251,7 +251,7 @@ impl Keeper {
         })?;
         let outcome = match link.ask(&order(publish), vec![lent], Instant::now() + FETCH).await {
             Ok(Message::Done(done)) => {
-                let healing = dead.map(|dead| (dead, pod));
+                let healing = dead.map(|dead| Healing { dead, pod, volume: name.to_string(), link });
                 self.show(mount, target, healing).await.map(|()| done.warnings)
             }
             other => Err(why(other)),
@@ -264,12 +264,7 @@ impl Keeper {
     }
 
     /// Attaches a mount; over a dead one, also wherever else that is: in the pod of this name, and what is bound from it.
-    async fn show(
-        &self,
-        mount: Detached,
-        target: Target,
-        healing: Option<(Device, String)>,
-    ) -> Result<(), Refusal> {
+    async fn show(&self, mount: Detached, target: Target, healing: Option<Healing>) -> Result<(), Refusal> {
         let inner = Arc::clone(&self.0);
         let target = blocking(move || {
             let failed = |error: &dyn ToString| Refusal::new(code::INTERNAL, error.to_string());
@@ -285,13 +280,32 @@ impl Keeper {
             Ok(target)
         });
         let target = target.await?;
-        if let Some((dead, pod)) = healing {
-            drop(tokio::task::spawn_blocking(move || {
-                let (begun, report) = (Instant::now(), heal::heal(dead, &target));
-                inner.metrics.heals.add(report.healed);
-                tracing::info!(pod, healed = report.healed, took = ?begun.elapsed(), "dead mounts were replaced");
-                for (pid, point, why) in report.failed {
-                    tracing::warn!(pod, pid, ?point, why, "a dead mount cannot be replaced; restart the pod");
+        if let Some(Healing { dead, pod, volume, link }) = healing {
+            drop(tokio::spawn(async move {
+                let healing = tokio::task::spawn_blocking(move || {
+                    let (begun, report) = (Instant::now(), heal::heal(dead, &target));
+                    inner.metrics.heals.add(report.healed);
+                    tracing::info!(pod, healed = report.healed, took = ?begun.elapsed(), "dead mounts were replaced");
+                    for (pid, point, why) in &report.failed {
+                        tracing::warn!(
+                            pod,
+                            pid,
+                            ?point,
+                            why,
+                            "a dead mount cannot be replaced; restart the pod"
+                        );
+                    }
+                    report.failed
+                });
+                let failed = healing.await.unwrap_or_default();
+                if let Some((_, point, why)) = failed.first() {
+                    let text = format!(
+                        "{} mounts of this volume died and cannot be replaced, such as {point:?}: {why}; restart the pod",
+                        failed.len()
+                    );
+                    let event = message::Event { volume, reason: "MountDead".to_owned(), text };
+                    // An agent that is too old for it has nobody to tell; the log has it.
+                    let _ = link.ask(&Message::Event(event), Vec::new(), Instant::now() + BRIEF).await;
                 }
             }));
         }
@@ -344,10 +358,19 @@ impl Kept {
     }
 }
 
+/// A mount that died, whose place a new one takes.
+struct Healing {
+    dead: Device,
+    pod: String,
+    volume: String,
+    /// Who serves the new one.
+    link: Link,
+}
+
 fn order(publish: Publish) -> Message {
-    let Publish { volume, target, pod, attributes, group, tokens } = publish;
+    let Publish { volume, target, pod, attributes, group, tokens, secret_ref } = publish;
     let target = target.to_string_lossy().into_owned();
-    Message::Publish(message::Publish { volume, target, pod, attributes, group, tokens })
+    Message::Publish(message::Publish { volume, target, pod, attributes, group, tokens, secret_ref })
 }
 
 fn occupied(target: &Path, volume: &str) -> Refusal {

@@ -4,17 +4,21 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Account, Ended, Task, now};
+use super::{Account, Cache, Ended, Entrance, Reply, Task, makes_tokens, now};
 use crate::cache::id::{EntryId, FlightId, IdentityId};
 use crate::reference::Identity;
 use crate::secret::Token;
-use crate::store::{Credential, ErrorKind, Store, StoreError};
+use crate::store::{ErrorKind, Store, StoreError};
 
 /// A store that does not keep its deadline is cut off this long after it.
 const OVERTIME: Duration = Duration::from_secs(1);
 /// For giving tokens back: how many at once, and how long each may take in all.
 pub(super) const REVOCATIONS: usize = 8;
 const REVOCATION_PATIENCE: Duration = Duration::from_secs(10);
+/// Logins at a time that prove a credential; they are not in the budget, since nothing is registered yet.
+pub(super) const PROOFS: usize = 8;
+/// First and longest pause before a store that did not answer is asked again for a proof.
+const PROOF_PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(4));
 
 impl<S: Store> Task<S> {
     pub(super) fn log_in(&mut self, flight: FlightId, identity: IdentityId, deadline: Instant) {
@@ -48,6 +52,34 @@ impl<S: Store> Task<S> {
             let read = store.read(&key.identity, &token, &key.request, deadline);
             let result = in_time(&key.request.path, deadline, read).await;
             Ended::Answered(flight, entry, result)
+        });
+    }
+
+    /// Logs in with the credential of a registration to be, until the store has said yes or no.
+    pub(super) fn prove(&mut self, cache: Cache, entrance: Entrance, deadline: Instant, reply: Reply) {
+        let Some(first) = entrance.keys.first() else {
+            // Refused as one without keys; if nobody waits for it, nobody need be told.
+            let _ = reply.send(self.register(cache, entrance, None));
+            return;
+        };
+        let (identity, credential) = (Arc::clone(&first.identity), Arc::clone(&entrance.credential));
+        let (store, turns) = (Arc::clone(&self.store), Arc::clone(&self.proofs));
+        self.requests.spawn(async move {
+            let login = async {
+                let _turn = turns.acquire().await;
+                let mut pause = PROOF_PAUSES.0;
+                loop {
+                    match store.login(&identity, &credential, deadline).await {
+                        Err(error) if error.is_retryable() && now().monotonic + pause < deadline => {
+                            tokio::time::sleep(error.retry_after.unwrap_or(pause)).await;
+                            pause = (pause * 2).min(PROOF_PAUSES.1);
+                        }
+                        ended => return ended,
+                    }
+                }
+            };
+            let result = in_time("login", deadline, login).await;
+            Ended::Proved { cache, entrance, reply, result }
         });
     }
 
@@ -90,9 +122,4 @@ async fn in_time<T>(
             retry_after: None,
         }),
     }
-}
-
-/// Whether a login with it makes a token that is ours to give back.
-fn makes_tokens(credential: &Credential) -> bool {
-    matches!(credential, Credential::Jwt(_) | Credential::JwtFile(_) | Credential::SecretIdFile(_))
 }
