@@ -66,7 +66,7 @@ impl Cluster {
             components.iter().map(|name| manifests().join("components").join(name)).collect();
         self.deploy(&manifests(), &components, kustomization, &files);
         for (namespace, name) in DAEMON_SETS {
-            self.wait_rolled_out(namespace, &format!("daemonset/{name}"));
+            self.wait_daemon(namespace, name);
         }
     }
 

@@ -2,10 +2,14 @@
 //! something has it for itself.
 
 use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::{Cluster, Options};
 use crate::needs;
+
+/// Whether a start has begun and not ended well.
+static FAILS: AtomicBool = AtomicBool::new(false);
 
 static CLUSTER: RwLock<Option<Cluster>> = RwLock::new(None);
 
@@ -46,8 +50,11 @@ pub fn alone() -> Option<Alone> {
 }
 
 fn start(options: Options) -> Cluster {
+    // Each further test would wait as long.
+    assert!(!FAILS.swap(true, Ordering::Relaxed), "the cluster did not start for an earlier test");
     let cluster = Cluster::start(options);
     cluster.install();
+    FAILS.store(false, Ordering::Relaxed);
     cluster
 }
 

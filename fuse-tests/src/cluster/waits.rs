@@ -116,11 +116,50 @@ impl Cluster {
         }
     }
 
-    /// Waits until a deployment or a daemon set has rolled out: `daemonset/fuse-secrets-agent`.
+    /// Waits until a deployment has rolled out.
     ///
     /// # Panics
     /// It does not in time.
-    pub fn wait_rolled_out(&self, namespace: &str, what: &str) {
-        self.kubectl(&["rollout", "status", what, "--namespace", namespace, "--timeout=90s"]);
+    pub fn wait_rolled_out(&self, namespace: &str, deployment: &str) {
+        let path = format!("apis/apps/v1/namespaces/{namespace}/deployments/{deployment}");
+        self.wait_for(&path, "rolled out", |found| {
+            let status = &found["status"];
+            let wanted = &found["spec"]["replicas"];
+            let all =
+                ["replicas", "updatedReplicas", "readyReplicas"].iter().all(|name| status[name] == *wanted);
+            (all && status["observedGeneration"] == found["metadata"]["generation"]).then_some(())
+        });
+    }
+
+    /// Waits until the pod of a daemon set is ready on the node; if the daemon set updates its pods by itself, the pod of its present
+    /// template and no other.
+    ///
+    /// # Panics
+    /// It is not in time: says what its pods' state is.
+    pub fn wait_daemon(&self, namespace: &str, name: &str) {
+        let path = format!("apis/apps/v1/namespaces/{namespace}/daemonsets/{name}");
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let found = self.find(&path).unwrap_or_default();
+            let status = &found["status"];
+            let by_itself = found["spec"]["updateStrategy"]["type"] == "RollingUpdate";
+            let is_new = !by_itself || status["updatedNumberScheduled"] == 1;
+            let is_known = status["observedGeneration"] == found["metadata"]["generation"];
+            let pods = self.list(&format!("api/v1/namespaces/{namespace}/pods"));
+            if is_new && is_known && status["numberReady"] == 1 && pods.len() == 1 {
+                return;
+            }
+            if Instant::now() > end {
+                let mut why = String::new();
+                for pod in &pods {
+                    let pod_name = pod["metadata"]["name"].as_str().unwrap_or_default();
+                    let log = self.try_kubectl(&["logs", "--namespace", namespace, pod_name]);
+                    let events = self.events(namespace, pod_name);
+                    why = format!("{why}\n{pod_name}: {}\n{events:#?}\n{log:?}", pod["status"]);
+                }
+                panic!("{namespace}/{name}: no ready pod within {PATIENCE:?}: {status}{why}");
+            }
+            wait::pause(std::time::Duration::from_millis(50));
+        }
     }
 }
