@@ -47,6 +47,8 @@ pub mod components;
 pub mod csi;
 /// The driver on the cluster.
 pub mod deploy;
+/// The driver's pods and processes.
+pub mod driver;
 /// The node's first process.
 pub mod init;
 /// kubectl.
@@ -57,6 +59,8 @@ pub mod pods;
 pub mod scratch;
 /// One cluster for many tests.
 pub mod shared;
+/// Secrets of which every read can be judged.
+pub mod stamped;
 /// Vault.
 pub mod store;
 /// A test's own namespace.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
 use crate::command::{self, Error};
-use crate::tools;
+use crate::{cluster, tools};
 
 /// Measures the product against what it promises (docs/measures.md)
 ///
@@ -34,6 +34,15 @@ enum Which {
         #[arg(long, value_name = "SECTION")]
         only: Vec<String>,
     },
+    /// A real cluster of one node: starts of pods, requests, upgrades, everything killed at once
+    Cluster {
+        /// Few rounds: to see that it works, not for figures
+        #[arg(long)]
+        quick: bool,
+        /// Only these: starts, upgrades, deaths
+        #[arg(long, value_name = "SECTION")]
+        only: Vec<String>,
+    },
     /// Random input for the readers of frames, snapshots, records and classes
     Fuzz {
         /// For each of them
@@ -51,8 +60,13 @@ enum Which {
 /// The command.
 pub(crate) fn run(args: &Args) -> Result<ExitCode, Error> {
     match &args.which {
-        Which::Read { quick } => measure("bench-read", *quick, &[])?,
-        Which::Node { quick, only } => measure("bench-node", *quick, only)?,
+        Which::Read { quick } => command::run(&mut bench("bench-read", *quick, &[])?)?,
+        Which::Node { quick, only } => command::run(&mut bench("bench-node", *quick, only)?)?,
+        Which::Cluster { quick, only } => {
+            let mut bench = bench("bench-cluster", *quick, only)?;
+            cluster::provide(&mut bench)?;
+            command::run(&mut bench)?;
+        }
         Which::Fuzz { seconds } => {
             for package in ["fuse-secrets-csi", "fuse-secrets"] {
                 let mut cargo = command::cargo();
@@ -71,11 +85,11 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, Error> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Runs a program of `fuse-tests` in the release profile.
-fn measure(program: &str, quick: bool, only: &[String]) -> Result<(), Error> {
+/// A program of `fuse-tests` in the release profile, to be run.
+fn bench(program: &str, quick: bool, only: &[String]) -> Result<Command, Error> {
     let mut bench = Command::new(built(&["--release"])?.join("release").join(program));
     bench.args(quick.then_some("--quick")).args(only).arg(tools::target().join("bench"));
-    command::run(&mut bench)
+    Ok(bench)
 }
 
 /// Builds all programs; returns cargo's directory.

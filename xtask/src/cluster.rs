@@ -59,20 +59,11 @@ fn up() -> Result<ExitCode, Error> {
         explain(&state);
         return Ok(ExitCode::SUCCESS);
     }
-    if let Some(why) = setup::lacking_cluster() {
-        return Err(format!("a cluster cannot run here: {why}").into());
-    }
-    let programs = kubernetes::programs()?;
-    kubernetes::images()?;
-    images::build(Architecture::Amd64, "localhost")?;
-    let vault =
-        std::env::var_os("FUSE_SECRETS_TEST_VAULT").map_or_else(vault::binary, |path| Ok(path.into()))?;
     let program = built(&[])?.join("debug/test-cluster");
     let log = state_file().with_extension("log");
     let mut command = Command::new(program);
     command.arg("stay").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(File::create(&log)?);
-    command.env("FUSE_SECRETS_TEST_KUBERNETES", &programs).env("FUSE_SECRETS_TEST_IMAGES", tools::images());
-    command.env("FUSE_SECRETS_TEST_VAULT", vault);
+    provide(&mut command)?;
     // Ctrl-C in this terminal is not for it.
     command.process_group(0);
     let mut child = command.spawn()?;
@@ -85,6 +76,20 @@ fn up() -> Result<ExitCode, Error> {
     fs::write(state_file(), &line)?;
     explain(&state);
     Ok(ExitCode::SUCCESS)
+}
+
+/// Builds what is missing of a cluster, and names it to a program that starts one.
+pub(crate) fn provide(command: &mut Command) -> Result<(), Error> {
+    if let Some(why) = setup::lacking_cluster() {
+        return Err(format!("a cluster cannot run here: {why}").into());
+    }
+    kubernetes::images()?;
+    images::build(Architecture::Amd64, "localhost")?;
+    let vault =
+        std::env::var_os("FUSE_SECRETS_TEST_VAULT").map_or_else(vault::binary, |path| Ok(path.into()))?;
+    command.env("FUSE_SECRETS_TEST_KUBERNETES", kubernetes::programs()?);
+    command.env("FUSE_SECRETS_TEST_IMAGES", tools::images()).env("FUSE_SECRETS_TEST_VAULT", vault);
+    Ok(())
 }
 
 fn down() -> Result<ExitCode, Error> {

@@ -4,13 +4,19 @@
 
 /// The cluster by itself, without the driver.
 mod bare;
-/// How pods end.
-mod ends;
-/// Publishes that nobody but kubelet may make.
-mod forged;
+/// The manifests, as they are installed.
+mod deploy;
 /// What pods read.
 mod reading;
 /// Why pods wait.
 mod refusals;
+/// Publishes that nobody but kubelet may make.
+mod forged;
+/// How pods end.
+mod ends;
+/// Parts that end and come back.
+mod restarts;
+/// Another driver of the same name.
+mod takeover;
 /// `kubectl fuse-secrets`.
 mod plugin;
