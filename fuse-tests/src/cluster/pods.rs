@@ -46,6 +46,9 @@ pub fn add_volume(pod: &mut Value, volume: &str, path: &str, attributes: &Value)
     }
 }
 
+/// Where kubelet has what belongs to pods.
+const PODS: &str = "/var/lib/kubelet/pods/";
+
 impl Cluster {
     /// Processes of a pod's container, in the numbers of the test; the first one of its pid namespace is the first.
     ///
@@ -111,7 +114,7 @@ impl Cluster {
         let mut remains = BTreeSet::new();
         remains.extend(
             mounts
-                .filter(|point| point.contains("/pods/") && !of_known(point))
+                .filter(|point| point.starts_with(PODS) && !of_known(point))
                 .map(|point| format!("mount {point}")),
         );
         remains.extend(
@@ -180,7 +183,7 @@ fn served(mountinfo: &str) -> Vec<(&str, &str)> {
     let fuse = mountinfo.lines().filter(|line| line.contains(" - fuse"));
     let words = fuse.map(|line| line.split(' ').collect::<Vec<_>>());
     let points = words.filter_map(|words| Some((words[2].strip_prefix("0:")?, words[4])));
-    points.filter(|(_, point)| point.contains("/pods/")).collect()
+    points.filter(|(_, point)| point.starts_with(PODS)).collect()
 }
 
 /// The FUSE connections of which a process has a descriptor, as far as the kernel tells (6.18 does).
