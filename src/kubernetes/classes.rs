@@ -29,6 +29,7 @@ use tokio::time::Instant;
 use super::api::{Api, ApiError};
 use crate::class::{Class, Classes, FindError, Kind};
 use crate::metrics::Metrics;
+use crate::sys::alloc;
 use shelf::{Object, Shelf};
 
 /// Objects of one answer: a page is held whole while it is read.
@@ -160,6 +161,8 @@ async fn list(api: &Api, shelf: &Shelf) -> Result<String, ApiError> {
         }
         if page.metadata.next.is_empty() {
             shelf.complete(round);
+            // What reading left of pages; nobody waits for it. An error means that the runtime ends.
+            let _ = tokio::task::spawn_blocking(alloc::trim).await;
             return Ok(page.metadata.version);
         }
         parameters.continue_token = Some(page.metadata.next);

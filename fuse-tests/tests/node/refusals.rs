@@ -200,23 +200,23 @@ fn what_the_driver_does_not_send_is_named_with_the_line_that_it_lacks() {
     let Some(world) = World::new(&[]) else { return };
     world.class("team", &[("audience", "team")]);
     let mut volume = world.node.volume("web-0", "team");
-    let token = world.node.cluster.token(&volume, PATIENCE * 100);
-    let tokens = |audiences: &[&str]| {
+    let tokens = |volume: &Volume, audiences: &[&str]| {
+        let token = world.node.cluster.token(volume, PATIENCE * 100);
         let of =
             |audience: &&str| ((*audience).to_owned(), json!({"token": token, "expirationTimestamp": ""}));
         serde_json::Value::Object(audiences.iter().map(of).collect()).to_string()
     };
-    volume.tokens = tokens(&["vault", "other"]);
+    volume.tokens = tokens(&volume, &["vault", "other"]);
     let text = r#"kubelet sent no service-account token for audience "team", but only "other", "vault"; add the line `- audience: team` to spec.tokenRequests of the CSIDriver"#;
     world.refuses(&volume, Code::FailedPrecondition, &[], &[text]);
     volume.tokens.clear();
     world.refuses(&volume, Code::FailedPrecondition, &["none at all"], &["add the line `- audience: team`"]);
-    volume.tokens = tokens(&["team"]);
+    volume.tokens = tokens(&volume, &["team"]);
     world.heals(&volume, "password", "p");
 
     world.class("none", &[]);
     let mut volume = world.node.volume("web-0", "none");
-    volume.tokens = tokens(&["a", "b"]);
+    volume.tokens = tokens(&volume, &["a", "b"]);
     let text = r#"the class names no audience, and kubelet sent tokens for "a", "b"; set audience in the class to one of them"#;
     world.refuses(&volume, Code::FailedPrecondition, &[], &[text]);
     world.class("none", &[("audience", "b")]);
