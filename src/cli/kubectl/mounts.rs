@@ -96,7 +96,7 @@ fn print(
             row.pop();
             table.row(row);
         });
-        table.print_fitted(out, columns, &[(2, 12), (0, 12), (1, 8)])?;
+        table.print_fitted(out, columns, &[(2, 12), (0, 16), (1, 8)])?;
     }
     writeln!(out, "{}", sum(mounts.iter().map(|mounted| &mounted.mount)))
 }
