@@ -13,6 +13,8 @@ use crate::wait;
 pub const TOOLS: &str = "localhost/tools:1";
 /// Where a pod's secrets are in its container.
 pub const SECRETS: &str = "/mnt/secrets";
+/// Where kubelet has everything of its pods, as the node sees it: mounts of others, which a fresh node inherits, are elsewhere.
+const PODS: &str = "/var/lib/kubelet/pods/";
 /// The driver's name.
 pub const DRIVER: &str = "fuse-secrets";
 
@@ -111,7 +113,7 @@ impl Cluster {
         let mut remains = BTreeSet::new();
         remains.extend(
             mounts
-                .filter(|point| point.contains("/pods/") && !of_known(point))
+                .filter(|point| point.starts_with(PODS) && !of_known(point))
                 .map(|point| format!("mount {point}")),
         );
         remains.extend(
@@ -180,7 +182,7 @@ fn served(mountinfo: &str) -> Vec<(&str, &str)> {
     let fuse = mountinfo.lines().filter(|line| line.contains(" - fuse"));
     let words = fuse.map(|line| line.split(' ').collect::<Vec<_>>());
     let points = words.filter_map(|words| Some((words[2].strip_prefix("0:")?, words[4])));
-    points.filter(|(_, point)| point.contains("/pods/")).collect()
+    points.filter(|(_, point)| point.starts_with(PODS)).collect()
 }
 
 /// The FUSE connections of which a process has a descriptor, as far as the kernel tells (6.18 does).
