@@ -84,6 +84,9 @@ impl Cluster {
         served(&self.mountinfo()).iter().filter(|(_, point)| point.contains(uid)).count()
     }
 
+    /// Where kubelet has what belongs to pods.
+    const PODS: &str = "/var/lib/kubelet/pods/";
+
     /// What is left on the node now of pods that the API server does not know any more: mount points, directories below kubelet's
     /// `pods`, processes, descriptors of FUSE whose mount is gone, and what the shim keeps beyond what is mounted.
     ///
@@ -111,7 +114,7 @@ impl Cluster {
         let mut remains = BTreeSet::new();
         remains.extend(
             mounts
-                .filter(|point| point.contains("/pods/") && !of_known(point))
+                .filter(|point| point.starts_with(PODS) && !of_known(point))
                 .map(|point| format!("mount {point}")),
         );
         remains.extend(
@@ -180,7 +183,7 @@ fn served(mountinfo: &str) -> Vec<(&str, &str)> {
     let fuse = mountinfo.lines().filter(|line| line.contains(" - fuse"));
     let words = fuse.map(|line| line.split(' ').collect::<Vec<_>>());
     let points = words.filter_map(|words| Some((words[2].strip_prefix("0:")?, words[4])));
-    points.filter(|(_, point)| point.contains("/pods/")).collect()
+    points.filter(|(_, point)| point.starts_with(PODS)).collect()
 }
 
 /// The FUSE connections of which a process has a descriptor, as far as the kernel tells (6.18 does).
