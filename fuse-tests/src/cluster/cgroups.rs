@@ -52,6 +52,10 @@ pub(super) fn make(name: &str) {
             for (hierarchy, _) in hierarchies {
                 let directory = Path::new(ROOT).join(&hierarchy).join(name);
                 fs::create_dir_all(&directory).unwrap();
+                // A whole node, of which probes and deadlines expect that it is not starved by a compiler beside it.
+                if directory.join("cpu.shares").exists() {
+                    fs::write(directory.join("cpu.shares"), "4096").unwrap();
+                }
                 // Empty ones let no process in.
                 for file in ["cpuset.cpus", "cpuset.mems"] {
                     if directory.join(file).exists() {
@@ -65,6 +69,8 @@ pub(super) fn make(name: &str) {
             let root = Path::new(ROOT);
             delegate(root);
             fs::create_dir_all(root.join(name).join("node")).unwrap();
+            // See above.
+            fs::write(root.join(name).join("cpu.weight"), "400").unwrap();
         }
     }
 }

@@ -16,7 +16,9 @@ use std::time::Duration;
 
 use nix::sched::{CloneFlags, unshare};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_bind, mount_change};
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind, mount_change, unmount,
+};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, wait};
 use serde::{Deserialize, Serialize};
 
@@ -155,6 +157,7 @@ fn read(plan: &Path) -> Plan {
 fn mounts(plan: &Plan) {
     let none = MountFlags::empty();
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
+    let_go();
     mount("proc", "/proc", "proc", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, None)
         .unwrap();
     fs::write("/proc/sys/kernel/hostname", NODE).unwrap();
@@ -172,4 +175,18 @@ fn mounts(plan: &Plan) {
     fs::create_dir("/run/cni").unwrap();
     fs::write("/run/cni/10-pods.conflist", components::network().to_string()).unwrap();
     mount_change("/", MountPropagationFlags::SHARED | MountPropagationFlags::REC).unwrap();
+}
+
+/// Gives up what others on this machine have mounted for a while: a copy in this namespace would keep their file systems from ending
+/// with their own mounts.
+fn let_go() {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    // The last mounted first, as it may lie on another one.
+    for line in mounts.lines().rev() {
+        let Some(point) = line.split(' ').nth(4) else { continue };
+        if line.contains(" - fuse") || point.starts_with("/tmp/") {
+            // By the raw call, which asks no server. It may be gone with one that lay below.
+            let _ = unmount(point, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+        }
+    }
 }
