@@ -86,9 +86,6 @@ impl Cluster {
         served(&self.mountinfo()).iter().filter(|(_, point)| point.contains(uid)).count()
     }
 
-    /// Where kubelet has what belongs to pods.
-    const PODS: &str = "/var/lib/kubelet/pods/";
-
     /// What is left on the node now of pods that the API server does not know any more: mount points, directories below kubelet's
     /// `pods`, processes, descriptors of FUSE whose mount is gone, and what the shim keeps beyond what is mounted.
     ///
