@@ -158,8 +158,11 @@ fn mounts(plan: &Plan) {
     let none = MountFlags::empty();
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
     let_go();
-    mount("proc", "/proc", "proc", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, None)
-        .unwrap();
+    let proc = |point: &str| {
+        mount("proc", point, "proc", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, None)
+            .unwrap();
+    };
+    proc("/proc");
     fs::write("/proc/sys/kernel/hostname", NODE).unwrap();
     // kubelet sees by this number that its node was booted again.
     mount_bind(plan.directory.join("boot_id"), "/proc/sys/kernel/random/boot_id").unwrap();
@@ -171,6 +174,9 @@ fn mounts(plan: &Plan) {
         fs::create_dir(theirs).unwrap();
         mount_bind(plan.directory.join(ours), theirs).unwrap();
     }
+    // A user namespace gets a proc of its own only where there is one that nothing lies on, as there is on every machine: `hostUsers`.
+    fs::create_dir("/run/proc").unwrap();
+    proc("/run/proc");
     fs::create_dir("/var/log/containers").unwrap();
     fs::create_dir("/run/cni").unwrap();
     fs::write("/run/cni/10-pods.conflist", components::network().to_string()).unwrap();

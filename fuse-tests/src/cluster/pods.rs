@@ -13,7 +13,7 @@ use crate::wait;
 pub const TOOLS: &str = "localhost/tools:1";
 /// Where a pod's secrets are in its container.
 pub const SECRETS: &str = "/mnt/secrets";
-/// Where kubelet has them; a node beside has others, whose mounts are to be seen here too.
+/// Where kubelet has everything of its pods, as the node sees it: mounts of others, which a fresh node inherits, are elsewhere.
 const PODS: &str = "/var/lib/kubelet/pods/";
 /// The driver's name.
 pub const DRIVER: &str = "fuse-secrets";
