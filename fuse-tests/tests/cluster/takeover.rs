@@ -81,7 +81,7 @@ fn a_stand_in_driver_gives_its_name_and_takes_it_back() {
     );
     assert_eq!(
         (password(&cluster, &tenant, "new"), kind(&cluster, &tenant, "new")),
-        ("ours".into(), "fuse".into())
+        ("ours".into(), "fuse.fuse-secrets".into())
     );
     // One of the other's pods goes while ours has the name.
     tenant.remove("older");
