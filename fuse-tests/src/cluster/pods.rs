@@ -48,9 +48,6 @@ pub fn add_volume(pod: &mut Value, volume: &str, path: &str, attributes: &Value)
     }
 }
 
-/// Where kubelet has what belongs to pods.
-const PODS: &str = "/var/lib/kubelet/pods/";
-
 impl Cluster {
     /// Processes of a pod's container, in the numbers of the test; the first one of its pid namespace is the first.
     ///
