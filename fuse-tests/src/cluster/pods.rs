@@ -207,6 +207,7 @@ fn processes_in(cgroup: &str) -> Vec<u32> {
             fs::read_to_string(format!("/proc/{pid}/cgroup")).is_ok_and(|text| text.contains(cgroup))
         })
         .collect();
-    pids.sort_by_key(|pid| own_number(*pid));
+    // Asked once of each: one may end meanwhile.
+    pids.sort_by_cached_key(|pid| own_number(*pid));
     pids
 }

@@ -1,6 +1,7 @@
 //! `kubectl fuse-secrets` on the real cluster: the real kubectl finds the program in PATH, and runs it with real rights.
 
-use std::os::unix::fs::symlink;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -30,11 +31,14 @@ impl<'a> Plugin<'a> {
         let program = Path::new(env!("CARGO_BIN_EXE_test-agent")).with_file_name("kubectl-fuse_secrets");
         assert!(program.exists(), "{} is missing: run `cargo build --workspace`", program.display());
         symlink(program, directory.path().join("kubectl-fuse_secrets")).unwrap();
-        // One program with the parts of Kubernetes, which goes by its name.
+        // One program with the parts of Kubernetes, of which this is one.
         let kubectl = cluster.kubectl_command(&[]);
         let hyperkube =
             kubectl.get_args().map(PathBuf::from).find(|word| word.ends_with("hyperkube")).unwrap();
-        symlink(hyperkube, directory.path().join("kubectl")).unwrap();
+        let script = format!("#!/bin/sh\nexec {} kubectl \"$@\"\n", hyperkube.display());
+        let path = directory.path().join("kubectl");
+        fs::write(&path, script).unwrap();
+        fs::set_permissions(&path, Permissions::from_mode(0o755)).unwrap();
         Self { cluster, directory }
     }
 
