@@ -275,6 +275,7 @@ fn a_store_outside_the_allow_list_is_refused_before_a_token_leaves() {
     // It does count, and is reached from where pods are.
     tenant.run(&tenant.pod("calls"));
     let port = spy.address.rsplit(':').next().unwrap();
+    // However its program ends: that it was called is what the spy counts.
     let _ = tenant.exec("calls", &["sh", "-c", &format!("nc -w 5 {NODE_IP} {port} < /dev/null")]);
     wait::until_true("the call", PATIENCE, || spy.callers() == 1);
 }
