@@ -15,12 +15,11 @@ COPY . .
 ENV RUSTUP_TOOLCHAIN=1.95.0 RUSTFLAGS="-C target-feature=+crt-static"
 # With a target, so that the flags are not those of build scripts and macros.
 RUN target=$(rustc -vV | sed -n 's/^host: //p') \
-    && cargo build --release --locked --target "$target" --no-default-features --package fuse-secrets --bin fuse-secrets \
-    && cargo build --release --locked --target "$target" --package fuse-secrets-csi \
-    && install -D "target/$target/release/fuse-secrets" /agent/fuse-secrets \
-    && install -D "target/$target/release/fuse-secrets-csi" /shim/fuse-secrets-csi \
+    && cargo build --profile image --locked --target "$target" --no-default-features --package fuse-secrets --bin fuse-secrets \
+    && cargo build --profile image --locked --target "$target" --package fuse-secrets-csi \
+    && install -D "target/$target/image/fuse-secrets" /agent/fuse-secrets \
+    && install -D "target/$target/image/fuse-secrets-csi" /shim/fuse-secrets-csi \
     && install -D -m 0644 /etc/ssl/certs/ca-certificates.crt /agent/etc/ssl/certs/ca-certificates.crt \
-    && strip --strip-debug /agent/fuse-secrets /shim/fuse-secrets-csi \
     && install -d -m 1777 /agent/tmp
 
 # Mounts, and keeps what is mounted. Root, because it mounts.

@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
 use crate::command::{self, Error};
 use crate::oci::Image;
@@ -39,13 +39,6 @@ impl Architecture {
         }
     }
 
-    fn strip(self) -> &'static str {
-        match self {
-            Self::Amd64 => "strip",
-            Self::Arm64 => "aarch64-linux-gnu-strip",
-        }
-    }
-
     fn triple(self) -> &'static str {
         match self {
             Self::Amd64 => "x86_64-unknown-linux-gnu",
@@ -76,7 +69,9 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, Error> {
 pub(crate) fn build(architecture: Architecture, registry: &str) -> Result<Images, Error> {
     let compile = |arguments: &[&str]| {
         let mut cargo = command::cargo();
-        cargo.args(["build", "--release", "--locked", "--target", architecture.triple()]).args(arguments);
+        cargo
+            .args(["build", "--profile", "image", "--locked", "--target", architecture.triple()])
+            .args(arguments);
         // Static, so that the image needs nothing else. This libc still resolves names then.
         cargo.env("RUSTFLAGS", "-C target-feature=+crt-static");
         // Built apart from programs with other flags, which would otherwise be built anew each time.
@@ -88,18 +83,11 @@ pub(crate) fn build(architecture: Architecture, registry: &str) -> Result<Images
     };
     compile(&["--no-default-features", "--package", "fuse-secrets", "--bin", "fuse-secrets"])?;
     compile(&["--package", "fuse-secrets-csi"])?;
-    let programs = tools::images().join("build").join(architecture.triple()).join("release");
+    let programs = tools::images().join("build").join(architecture.triple()).join("image");
     let version = env!("CARGO_PKG_VERSION");
     let suffix = if architecture == Architecture::Amd64 { "" } else { "-arm64" };
     let archive = |name: &str| tools::images().join(format!("{name}{suffix}.tar"));
-    let [agent, shim] = ["fuse-secrets", "fuse-secrets-csi"].map(|program| {
-        // Line tables are three quarters of a program, and of no use without a debugger.
-        let stripped = programs.join(format!("{program}.stripped"));
-        let mut strip = Command::new(architecture.strip());
-        command::run(strip.arg("--strip-debug").arg("-o").arg(&stripped).arg(programs.join(program)))
-            .map(|()| stripped)
-    });
-    let (agent, shim) = (agent?, shim?);
+    let [agent, shim] = ["fuse-secrets", "fuse-secrets-csi"].map(|program| programs.join(program));
     let mut files = vec![(agent.as_path(), "/fuse-secrets", 0o755)];
     let cas = Path::new(PUBLIC_CAS);
     if cas.exists() {
