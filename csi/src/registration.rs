@@ -2,7 +2,8 @@
 //! says whether it took the plugin.
 //!
 //! kubelet looks for new sockets all the time and for all of them when it starts, so being there is enough to survive its
-//! restarts. If the socket vanishes, it is made again.
+//! restarts. If the socket vanishes, it is made again. It goes with a shim that leaves in order, so that kubelet does not take the
+//! driver of a node for registered that has none any more.
 //!
 //! The socket is named `reg@DRIVER.sock` because kubelet connects to the bare path: grpc-go then sends the escaped path as
 //! `:authority`, whose `%2F` this side's HTTP/2 only takes as the part before an `@`.
@@ -56,8 +57,9 @@ impl Plugin {
     pub async fn register(self, directory: &Path) -> io::Result<Infallible> {
         let path = directory.join(format!("reg@{}.sock", self.driver));
         let services = Routes::new(RegistrationServer::new(self));
+        let left = Left(&path);
         loop {
-            let listener = rpc::listen(&path)?;
+            let listener = rpc::listen(left.0)?;
             tracing::info!(socket = %path.display(), "waiting for kubelet");
             tokio::select! {
                 served = rpc::serve(listener, services.clone(), std::future::pending()) => {
@@ -65,6 +67,20 @@ impl Plugin {
                 }
                 () = gone(&path) => tracing::warn!(socket = %path.display(), "vanished; made again"),
             }
+        }
+    }
+}
+
+/// A socket that goes when nobody listens to it any more.
+struct Left<'a>(&'a Path);
+
+impl Drop for Left<'_> {
+    fn drop(&mut self) {
+        match std::fs::remove_file(self.0) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(socket = %self.0.display(), %error, "stays behind");
+            }
+            _ => {}
         }
     }
 }

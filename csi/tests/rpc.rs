@@ -469,6 +469,15 @@ async fn a_registration_socket_that_vanished_is_made_again() {
     serving.abort();
 }
 
+#[tokio::test]
+async fn a_plugin_that_leaves_takes_its_registration_socket_along() {
+    let directory = tempfile::tempdir().unwrap();
+    let (serving, path) = register(&Plugin::new("fuse-secrets", "/csi.sock"), directory.path()).await;
+    serving.abort();
+    assert!(within(serving).await.unwrap_err().is_cancelled());
+    assert!(!path.exists());
+}
+
 /// It makes an authority of the socket's path, which tonic's client does not.
 #[tokio::test]
 async fn kubelets_own_client_reaches_the_registration_socket() {

@@ -38,7 +38,7 @@ pub mod api;
 /// Requests that the API server had.
 pub mod audit;
 /// Cgroups.
-mod cgroups;
+pub mod cgroups;
 /// Certificates and keys.
 pub mod certificates;
 /// Programs and their arguments.

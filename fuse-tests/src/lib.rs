@@ -41,5 +41,6 @@ pub mod shim;
 pub mod stamp;
 /// System calls that rustix lacks: the only unsafe code of this crate.
 pub mod sys;
+pub mod usage;
 /// Waiting for conditions, with deadlines.
 pub mod wait;

@@ -34,12 +34,12 @@ enum Which {
         #[arg(long, value_name = "SECTION")]
         only: Vec<String>,
     },
-    /// A real cluster of one node: starts of pods, requests, upgrades, everything killed at once
+    /// A real cluster of one node: starts of pods, requests, upgrades, everything killed at once, what the driver takes
     Cluster {
         /// Few rounds: to see that it works, not for figures
         #[arg(long)]
         quick: bool,
-        /// Only these: starts, upgrades, deaths
+        /// Only these: starts, upgrades, deaths, capacity
         #[arg(long, value_name = "SECTION")]
         only: Vec<String>,
     },

@@ -190,3 +190,59 @@ fn delegate(directory: &Path) {
         fs::write(directory.join("cgroup.subtree_control"), format!("+{controller}")).unwrap();
     }
 }
+
+/// What the kernel counts of a container.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Charged {
+    /// Bytes that cannot be had back at once: what `kubectl top` shows, and what a limit is compared with in the end.
+    pub working_set: u64,
+    /// CPU time that it had.
+    pub cpu: Duration,
+    /// How long it wanted to run and was not let.
+    pub throttled: Duration,
+}
+
+/// What the container of a process was charged with so far.
+///
+/// # Panics
+/// The process has ended.
+#[must_use]
+pub fn charged(pid: u32) -> Charged {
+    let own = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+    let directory = |controller: &str| {
+        let of = |line: &'_ str| {
+            let (_, rest) = line.split_once(':')?;
+            let (controllers, path) = rest.split_once(':')?;
+            controllers
+                .split(',')
+                .any(|name| name == controller)
+                .then(|| path.trim_start_matches('/').to_owned())
+        };
+        Path::new(ROOT).join(controller).join(own.lines().find_map(of).unwrap())
+    };
+    let number = |file: PathBuf, key: &str| -> u64 {
+        let text = fs::read_to_string(&file).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix(key));
+        line.unwrap_or_else(|| panic!("{}: no {key}", file.display())).trim().parse().unwrap()
+    };
+    match machine() {
+        Machine::V1(_) => {
+            let (memory, cpu) = (directory("memory"), directory("cpu"));
+            let inactive = number(memory.join("memory.stat"), "total_inactive_file ");
+            Charged {
+                working_set: number(memory.join("memory.usage_in_bytes"), "").saturating_sub(inactive),
+                cpu: Duration::from_nanos(number(directory("cpuacct").join("cpuacct.usage"), "")),
+                throttled: Duration::from_nanos(number(cpu.join("cpu.stat"), "throttled_time ")),
+            }
+        }
+        Machine::V2 => {
+            let directory = directory("");
+            let inactive = number(directory.join("memory.stat"), "inactive_file ");
+            Charged {
+                working_set: number(directory.join("memory.current"), "").saturating_sub(inactive),
+                cpu: Duration::from_micros(number(directory.join("cpu.stat"), "usage_usec ")),
+                throttled: Duration::from_micros(number(directory.join("cpu.stat"), "throttled_usec ")),
+            }
+        }
+    }
+}

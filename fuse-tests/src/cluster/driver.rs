@@ -7,6 +7,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use super::api::condition;
+use super::certificates::NODE;
 use super::pods::DRIVER;
 use super::{Cluster, PATIENCE};
 use crate::wait::{until, until_true};
@@ -168,10 +169,15 @@ impl Cluster {
         assert_eq!(status, 200, "{part:?}: {}", why["message"]);
     }
 
-    /// The socket that kubelet finds the driver at, as the shim makes it.
+    /// Whether kubelet has told the API server that the node has the driver.
+    ///
+    /// # Panics
+    /// The API server does not know the node.
     #[must_use]
-    pub fn registration_socket(&self) -> PathBuf {
-        self.directory().join(format!("kubelet/plugins_registry/reg@{DRIVER}.sock"))
+    pub fn is_registered(&self) -> bool {
+        let drivers =
+            self.find(&format!("apis/storage.k8s.io/v1/csinodes/{NODE}")).unwrap()["spec"]["drivers"].take();
+        drivers.as_array().into_iter().flatten().any(|driver| driver["name"] == DRIVER)
     }
 
     /// A path as the first process of a pod's container sees it: through all of the pod's own mounts.

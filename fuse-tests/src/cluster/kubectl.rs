@@ -1,7 +1,10 @@
 //! kubectl in the cluster's network, as its administrator. It ends with the cluster, and after `LONGEST`.
 
 use std::fmt::Display;
+use std::fs::{self, Permissions};
 use std::io::Write as _;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use super::Cluster;
@@ -51,6 +54,26 @@ impl Cluster {
         command.arg(format!("--kubeconfig={}", self.kubeconfig().display()));
         command.arg(format!("--cache-dir={}", self.directory().join("cache").display()));
         command.args(words).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    /// A program that runs `kubectl` as its administrator, for [`super::World::spawn`], with pipes: the real one is found in `directory`,
+    /// which is put before PATH.
+    ///
+    /// # Panics
+    /// The directory cannot be written.
+    #[must_use]
+    pub fn with_kubectl(&self, directory: &Path, program: &Path) -> Command {
+        // One program with the parts of Kubernetes, of which this is one.
+        let hyperkube = self.options.programs.join("hyperkube");
+        let kubectl = directory.join("kubectl");
+        fs::write(&kubectl, format!("#!/bin/sh\nexec {} kubectl \"$@\"\n", hyperkube.display())).unwrap();
+        fs::set_permissions(&kubectl, Permissions::from_mode(0o755)).unwrap();
+        let mut command = Command::new(program);
+        let path = std::env::var("PATH").unwrap_or_default();
+        command.env("PATH", format!("{}:{path}", directory.display()));
+        command.env("KUBECONFIG", self.kubeconfig()).env("KUBECACHEDIR", self.directory().join("cache"));
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }
 

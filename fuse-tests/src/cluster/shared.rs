@@ -5,7 +5,7 @@ use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Cluster, Options};
 use crate::needs;
@@ -51,12 +51,17 @@ pub fn alone() -> Option<Alone> {
     Some(Alone(held))
 }
 
+/// Its agents' settings: the one thing that classes of these tests may say beside what the agents' own settings say.
+#[must_use]
+pub fn settings() -> Value {
+    json!({"allow": [{"namespaces": ["*"], "authMounts": ["jwt"]}]})
+}
+
 fn start(options: Options) -> Cluster {
     // Each further test would wait as long.
     assert!(!FAILS.swap(true, Ordering::Relaxed), "the cluster did not start for an earlier test");
     let cluster = Cluster::start(options);
-    // The one thing that classes of these tests may say beside what the agents' own settings say.
-    cluster.install_with(&json!({"allow": [{"namespaces": ["*"], "authMounts": ["jwt"]}]}), &[]);
+    cluster.install_with(&settings(), &[]);
     FAILS.store(false, Ordering::Relaxed);
     cluster
 }

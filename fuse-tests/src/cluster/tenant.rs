@@ -83,6 +83,14 @@ impl Tenant<'_> {
         }));
     }
 
+    /// Whether there is such a SecretProviderClass.
+    #[must_use]
+    pub fn has_class(&self, name: &str) -> bool {
+        let group = "apis/secrets-store.csi.x-k8s.io/v1";
+        let path = format!("{group}/namespaces/{}/secretproviderclasses/{name}", self.namespace);
+        self.cluster.find(&path).is_some()
+    }
+
     /// Writes a SecretsStoreImport with this specification.
     ///
     /// # Panics

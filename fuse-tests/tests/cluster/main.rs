@@ -16,6 +16,12 @@ mod forged;
 mod ends;
 /// Parts that end and come back.
 mod restarts;
+/// What nothing survives.
+mod heal;
+/// What people do to nodes and to the driver.
+mod operations;
+/// Pods that read meanwhile.
+mod stage;
 /// Another driver of the same name.
 mod takeover;
 /// `kubectl fuse-secrets`.

@@ -1,9 +1,7 @@
 //! `kubectl fuse-secrets` on the real cluster: the real kubectl finds the program in PATH, and runs it with real rights.
 
-use std::fs::{self, Permissions};
-use std::os::unix::fs::{PermissionsExt as _, symlink};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::os::unix::fs::symlink;
+use std::path::Path;
 
 use fuse_tests::cluster::certificates::NODE;
 use fuse_tests::cluster::{Cluster, shared};
@@ -31,14 +29,6 @@ impl<'a> Plugin<'a> {
         let program = Path::new(env!("CARGO_BIN_EXE_test-agent")).with_file_name("kubectl-fuse_secrets");
         assert!(program.exists(), "{} is missing: run `cargo build --workspace`", program.display());
         symlink(program, directory.path().join("kubectl-fuse_secrets")).unwrap();
-        // One program with the parts of Kubernetes, of which this is one.
-        let kubectl = cluster.kubectl_command(&[]);
-        let hyperkube =
-            kubectl.get_args().map(PathBuf::from).find(|word| word.ends_with("hyperkube")).unwrap();
-        let script = format!("#!/bin/sh\nexec {} kubectl \"$@\"\n", hyperkube.display());
-        let path = directory.path().join("kubectl");
-        fs::write(&path, script).unwrap();
-        fs::set_permissions(&path, Permissions::from_mode(0o755)).unwrap();
         Self { cluster, directory }
     }
 
@@ -48,11 +38,9 @@ impl<'a> Plugin<'a> {
     }
 
     fn run_with(&self, kubeconfig: &Path, words: &[&str]) -> Ended {
-        let mut command = Command::new(self.directory.path().join("kubectl"));
-        command.arg("fuse-secrets").args(words);
-        command.env("PATH", self.directory.path()).env("KUBECONFIG", kubeconfig);
-        command.env("KUBECACHEDIR", self.directory.path().join("cache"));
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let directory = self.directory.path();
+        let mut command = self.cluster.with_kubectl(directory, &directory.join("kubectl"));
+        command.env("KUBECONFIG", kubeconfig).arg("fuse-secrets").args(words);
         let output = self.cluster.world().spawn(command).wait_with_output().unwrap();
         let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
         let ended =

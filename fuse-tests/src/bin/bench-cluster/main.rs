@@ -6,10 +6,12 @@
 //! |---|---|
 //! | `starts.rs` | from a pod's creation to its container's first line, beside the same pod with an emptyDir; requests at API server and store |
 //! | `upgrades.rs` | readers while the agent is upgraded; how long until all read again when everything was killed |
+//! | `capacity.rs` | memory, descriptors, threads, CPU and requests by the number of pods |
 
 // It prints tables. What fails in a cluster ends the bench.
 #![allow(clippy::print_stdout, clippy::print_stderr, clippy::unwrap_used)]
 
+mod capacity;
 mod starts;
 mod upgrades;
 
@@ -34,10 +36,30 @@ struct Plan {
     rounds: usize,
     /// kubelet's `syncFrequency`: kubelet publishes each volume again every 1.2 to 1.6 times that.
     sync: &'static str,
+    /// Numbers of pods at which is measured what the driver takes.
+    capacity: &'static [usize],
+    /// How long idling is watched at each.
+    idle: Duration,
 }
 
-const FULL: Plan = Plan { pairs: 20, many: 30, bursts: 3, rounds: 3, sync: "1m" };
-const QUICK: Plan = Plan { pairs: 3, many: 30, bursts: 1, rounds: 1, sync: "5s" };
+const FULL: Plan = Plan {
+    pairs: 20,
+    many: 30,
+    bursts: 3,
+    rounds: 3,
+    sync: "1m",
+    capacity: &[0, 30, 110, 250],
+    idle: Duration::from_secs(120),
+};
+const QUICK: Plan = Plan {
+    pairs: 3,
+    many: 30,
+    bursts: 1,
+    rounds: 1,
+    sync: "5s",
+    capacity: &[0, 10],
+    idle: Duration::from_secs(10),
+};
 
 /// The label of a deployment's pods.
 const LABEL: &str = "bench";
@@ -68,6 +90,7 @@ fn main() -> ExitCode {
 fn bench(plan: &Plan, only: &[&str], to: &Path) -> Result<(), Error> {
     let mut options = needs::cluster().ok_or("cannot be measured on this machine")?;
     options.sync = plan.sync.to_owned();
+    options.kubelet = json!({"maxPods": 300});
     let cluster = Cluster::start(options);
     if !cluster.has_driver() || !cluster.has_store() {
         return Err("the driver's images or Vault are missing".into());
@@ -83,6 +106,9 @@ fn bench(plan: &Plan, only: &[&str], to: &Path) -> Result<(), Error> {
     }
     if wanted("deaths") {
         report.show("everything killed at once", upgrades::deaths(plan, &cluster)?);
+    }
+    if wanted("capacity") {
+        report.show("what the driver takes", capacity::measure(plan, &cluster)?);
     }
     report.save(to)
 }

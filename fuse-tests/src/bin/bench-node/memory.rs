@@ -1,15 +1,12 @@
 //! What shim, supervisor and worker take when nothing happens. Every volume has three small secrets of its own, so that nothing is
 //! shared that need not be.
-//!
-//! From `/proc/PID/smaps`: PSS of all mappings; of it *locked* is what lies in mappings that cannot be swapped (`memfd_secret`
-//! among them), and *anonymous* the rest of what no file backs.
 
-use std::fs;
 use std::ops::Add;
 use std::time::{Duration, Instant};
 
 use fuse_tests::node::{Node, Volume};
 use fuse_tests::report::{Error, Limit, Row, Section};
+use fuse_tests::usage::{Usage, cpu, usage};
 use fuse_tests::wait::pause;
 
 use crate::{BUSY, Plan, counted, fill, node};
@@ -110,26 +107,6 @@ fn row(name: &str, usage: Usage, most: Option<f64>) -> Row {
     }
 }
 
-/// KiB.
-#[derive(Clone, Copy, Default)]
-struct Usage {
-    pss: f64,
-    anonymous: f64,
-    locked: f64,
-}
-
-impl Add for Usage {
-    type Output = Self;
-
-    fn add(self, other: Self) -> Self {
-        Self {
-            pss: self.pss + other.pss,
-            anonymous: self.anonymous + other.anonymous,
-            locked: self.locked + other.locked,
-        }
-    }
-}
-
 /// Shim, supervisor, worker.
 fn processes(node: &mut Node) -> [(&'static str, u32); 3] {
     let (shim, worker) = (node.shim().pid(), node.wait_served().pid);
@@ -154,37 +131,4 @@ fn settled(node: &mut Node, wanted: f64) -> Result<Usage, Error> {
         }
         pause(Duration::from_millis(500));
     }
-}
-
-fn usage(pid: u32) -> Result<Usage, Error> {
-    let (mut sum, mut one) = (Usage::default(), Usage::default());
-    for line in fs::read_to_string(format!("/proc/{pid}/smaps"))?.lines() {
-        let Some((key, value)) = line.split_once(':') else { continue };
-        let value = value.trim().trim_end_matches(" kB");
-        match key {
-            "Pss" => one.pss = value.parse()?,
-            "Anonymous" => one.anonymous = value.parse()?,
-            "Locked" => one.locked = value.parse()?,
-            // A mapping's last line.
-            "VmFlags" => {
-                if one.locked > 0.0 {
-                    one.anonymous = 0.0;
-                }
-                sum = sum + std::mem::take(&mut one);
-            }
-            _ => {}
-        }
-    }
-    Ok(sum)
-}
-
-/// What all threads of a process ran.
-fn cpu(pid: u32) -> Result<Duration, Error> {
-    let mut nanoseconds = 0;
-    for task in fs::read_dir(format!("/proc/{pid}/task"))? {
-        // A thread that ends meanwhile did nothing that counts.
-        let Ok(text) = fs::read_to_string(task?.path().join("schedstat")) else { continue };
-        nanoseconds += text.split(' ').next().unwrap_or_default().parse::<u64>()?;
-    }
-    Ok(Duration::from_nanos(nanoseconds))
 }
