@@ -28,6 +28,8 @@ pub mod observe;
 pub mod panics;
 /// What `dev` and `mount` share: the directory, signals, serving until the end.
 mod serving;
+/// Tables.
+mod table;
 /// Text for terminals.
 mod text;
 

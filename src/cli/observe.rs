@@ -11,7 +11,8 @@ use fuse_secrets_csi::wire::link::Link;
 use fuse_secrets_csi::wire::message::{Abort, AgentStatus, Role, VolumeStatus, Volumes};
 
 use super::exit;
-use super::mounts::{COLUMNS, Output, Table, ago, shorten};
+use super::mounts::Output;
+use super::table::{COLUMNS, Table, ago, shorten};
 use crate::config::agent::NODE_SOCKET;
 use crate::node::attach;
 

@@ -84,7 +84,7 @@ pub(crate) fn provide(command: &mut Command) -> Result<(), Error> {
         return Err(format!("a cluster cannot run here: {why}").into());
     }
     kubernetes::images()?;
-    images::build(Architecture::Amd64, "localhost")?;
+    images::build(Architecture::HOST, "localhost")?;
     let vault =
         std::env::var_os("FUSE_SECRETS_TEST_VAULT").map_or_else(vault::binary, |path| Ok(path.into()))?;
     command.env("FUSE_SECRETS_TEST_KUBERNETES", kubernetes::programs()?);

@@ -15,7 +15,7 @@ use crate::tools;
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// For which machines
-    #[arg(long, value_enum, default_value = "amd64")]
+    #[arg(long, value_enum, default_value_t = Architecture::HOST)]
     architecture: Architecture,
     /// What stands before their names
     #[arg(long, default_value = "localhost")]
@@ -32,7 +32,10 @@ pub(crate) enum Architecture {
 }
 
 impl Architecture {
-    fn name(self) -> &'static str {
+    /// This machine's.
+    pub(crate) const HOST: Self = if cfg!(target_arch = "aarch64") { Self::Arm64 } else { Self::Amd64 };
+
+    pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Amd64 => "amd64",
             Self::Arm64 => "arm64",
@@ -76,7 +79,7 @@ pub(crate) fn build(architecture: Architecture, registry: &str) -> Result<Images
         cargo.env("RUSTFLAGS", "-C target-feature=+crt-static");
         // Built apart from programs with other flags, which would otherwise be built anew each time.
         cargo.env("CARGO_TARGET_DIR", tools::images().join("build"));
-        if architecture == Architecture::Arm64 {
+        if architecture == Architecture::Arm64 && architecture != Architecture::HOST {
             cargo.env("CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER", "aarch64-linux-gnu-gcc");
         }
         command::run(&mut cargo)
@@ -85,8 +88,12 @@ pub(crate) fn build(architecture: Architecture, registry: &str) -> Result<Images
     compile(&["--package", "fuse-secrets-csi"])?;
     let programs = tools::images().join("build").join(architecture.triple()).join("image");
     let version = env!("CARGO_PKG_VERSION");
-    let suffix = if architecture == Architecture::Amd64 { "" } else { "-arm64" };
-    let archive = |name: &str| tools::images().join(format!("{name}{suffix}.tar"));
+    // Those for this machine are for its tests, too, which put every archive in that directory on their node.
+    let directory = tools::images();
+    let directory =
+        if architecture == Architecture::HOST { directory } else { directory.join(architecture.name()) };
+    fs::create_dir_all(&directory)?;
+    let archive = |name: &str| directory.join(format!("{name}.tar"));
     let [agent, shim] = ["fuse-secrets", "fuse-secrets-csi"].map(|program| programs.join(program));
     let mut files = vec![(agent.as_path(), "/fuse-secrets", 0o755)];
     let cas = Path::new(PUBLIC_CAS);

@@ -7,6 +7,7 @@ use std::process::Command;
 
 use crate::command::{self, Error};
 use crate::go::{self, How};
+use crate::images::Architecture;
 use crate::oci::Image;
 use crate::{setup, tools};
 
@@ -102,7 +103,7 @@ pub(crate) fn images() -> Result<(), Error> {
     command::run(&mut cc)?;
     let image = Image {
         name: "localhost/pause:1",
-        architecture: ARCHITECTURE,
+        architecture: Architecture::HOST.name(),
         entrypoint: &["/pause"],
         files: &[(&pause, "/pause", 0o755)],
         ..Image::default()
@@ -115,7 +116,7 @@ pub(crate) fn images() -> Result<(), Error> {
     let links: Vec<(String, &str)> = applets.map(|name| (format!("/bin/{name}"), "busybox")).collect();
     let image = Image {
         name: "localhost/tools:1",
-        architecture: ARCHITECTURE,
+        architecture: Architecture::HOST.name(),
         directories: &[("/bin", 0o755), ("/etc", 0o755), ("/mnt", 0o755), ("/tmp", 0o1777)],
         files: &[(Path::new(setup::BUSYBOX), "/bin/busybox", 0o755)],
         links: &links,
@@ -123,6 +124,3 @@ pub(crate) fn images() -> Result<(), Error> {
     };
     image.write(&directory.join("tools.tar"))
 }
-
-/// Of this machine, as Go names it.
-const ARCHITECTURE: &str = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };

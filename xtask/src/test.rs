@@ -155,7 +155,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, Error> {
             |_| {
                 let programs = kubernetes::programs()?;
                 kubernetes::images()?;
-                images::build(Architecture::Amd64, "localhost")?;
+                images::build(Architecture::HOST, "localhost")?;
                 parts = Some(programs);
                 Ok(())
             },

@@ -24,7 +24,7 @@ use crate::agent::{Agent, ServeError, Setup};
 use crate::class::Classes;
 use crate::class::directory::Directory;
 use crate::cli::exit;
-use crate::cli::mounts::Table;
+use crate::cli::table::Table;
 use crate::cli::text::{harmless, wrap};
 use crate::config::{AgentConfig, Layer};
 use crate::kubernetes::api::{Api, ConnectError};

@@ -12,7 +12,8 @@ use super::call::CallError;
 use super::{Nodes, Whole};
 use crate::agent::status::MountStatus;
 use crate::cli::exit;
-use crate::cli::mounts::{Output, PODS_WIDE, Table, by_pod, pod_row, sum, wide_row};
+use crate::cli::mounts::{Output, PODS_WIDE, by_pod, pod_row, sum, wide_row};
+use crate::cli::table::Table;
 use crate::cli::text::columns;
 
 pub(super) const HELP: &str = "\

@@ -281,6 +281,7 @@ impl Keeper {
         });
         let target = target.await?;
         if let Some(Healing { dead, pod, volume, link }) = healing {
+            let root = self.0.settings.kubelet_root.clone();
             drop(tokio::spawn(async move {
                 let healing = tokio::task::spawn_blocking(move || {
                     let (begun, report) = (Instant::now(), heal::heal(dead, &target));
@@ -297,7 +298,11 @@ impl Keeper {
                     }
                     report.failed
                 });
-                let failed = healing.await.unwrap_or_default();
+                let mut failed = healing.await.unwrap_or_default();
+                // A pod's owner knows the pod's own paths; kubelet's copies of them are as dead.
+                if failed.iter().any(|(_, point, _)| !point.starts_with(&root)) {
+                    failed.retain(|(_, point, _)| !point.starts_with(&root));
+                }
                 if let Some((_, point, why)) = failed.first() {
                     let text = format!(
                         "{} mounts of this volume died and cannot be replaced, such as {point:?}: {why}; restart the pod",
