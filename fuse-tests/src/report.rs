@@ -1,14 +1,41 @@
 //! What a bench found: as a table, as JSON, as a picture.
 
-#![allow(clippy::print_stdout, reason = "benches print tables")]
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "benches print tables")]
 
 use std::fmt::Write as _;
 use std::path::Path;
+use std::process::ExitCode;
 
 use serde_json::{Value, json};
 
 /// Why a bench cannot go on, in words for the person in front of it.
 pub type Error = Box<dyn std::error::Error + Send + Sync>;
+
+/// The start of a bench of several sections: what its arguments say, and what is said when it fails. `bench` gets the long or the short
+/// plan, the sections that are wanted (none: all), and the directory of the results.
+pub fn main<P>(
+    name: &str,
+    [full, quick]: [&P; 2],
+    bench: impl FnOnce(&P, &[&str], &Path) -> Result<(), Error>,
+) -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let done = match arguments.as_slice() {
+        ["--quick", only @ .., to] => bench(quick, only, Path::new(to)),
+        [only @ .., to] => bench(full, only, Path::new(to)),
+        [] => Err(format!(
+            "usage: bench-{name} [--quick] [SECTION...] DIR_OF_RESULTS (call it by `cargo xtask bench {name}`)"
+        )
+        .into()),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench {name}: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
 
 /// Rows that belong together.
 pub type Section = Vec<Row>;
@@ -25,6 +52,20 @@ pub struct Row {
     pub limit: Option<Limit>,
     /// The rounds, where there were any.
     pub series: Vec<Series>,
+}
+
+impl Row {
+    /// A number that may be so large.
+    #[must_use]
+    pub fn counted(name: &str, promised: &'static str, found: u64, most: u64) -> Self {
+        Self {
+            name: name.to_owned(),
+            promised,
+            found: found.to_string(),
+            limit: Some(Limit { found: found as f64, most: most as f64 }),
+            series: Vec::new(),
+        }
+    }
 }
 
 /// A ratio and the most that it may be.

@@ -7,8 +7,8 @@ use serde_json::Value;
 
 use super::{Cluster, count};
 
-/// A moment of the audit log.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A moment of the audit log; by default its beginning.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Mark(usize);
 
 /// A request that was answered.

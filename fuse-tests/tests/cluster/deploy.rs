@@ -3,9 +3,11 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use fuse_tests::cluster::audit::Request;
 use fuse_tests::cluster::driver::Part;
+use fuse_tests::cluster::shared::settings;
 use fuse_tests::cluster::{Cluster, alone, shared};
 use serde_json::{Value, json};
 
@@ -178,6 +180,50 @@ fn definitions_that_exist_are_left_alone() {
         assert_eq!(now["metadata"]["annotations"]["owner"], "the other driver");
         assert_eq!(now["metadata"]["generation"], *generation);
     }
+}
+
+#[test]
+fn the_registry_and_kubelets_root_are_one_value_each() {
+    let Some(cluster) = shared() else { return };
+    let directory = tempfile::tempdir().unwrap();
+    let copied =
+        Command::new("cp").arg("-r").arg(repository("deploy")).arg(directory.path()).status().unwrap();
+    assert!(copied.success());
+    let deploy = directory.path().join("deploy");
+    let settings = fs::read_to_string(deploy.join("settings.yaml")).unwrap();
+    let settings = settings.replace("registry: localhost", "registry: registry.example.org/platform");
+    let settings = settings.replace("kubeletRoot: /var/lib/kubelet", "kubeletRoot: /var/snap/kubelet");
+    fs::write(deploy.join("settings.yaml"), settings).unwrap();
+    let rendered = cluster.kubectl(&["kustomize", &deploy.display().to_string()]);
+    let lines =
+        |with: &str| rendered.lines().filter(|line| line.contains(with)).map(str::trim).collect::<Vec<_>>();
+    let version = env!("CARGO_PKG_VERSION");
+    for image in ["fuse-secrets-agent", "fuse-secrets-csi"] {
+        let line = format!("image: registry.example.org/platform/{image}:{version}");
+        assert_eq!(lines(image).iter().filter(|found| found.ends_with(&line)).count(), 1, "{rendered}");
+    }
+    assert_eq!(lines("localhost/"), Vec::<&str>::new());
+    assert_eq!(lines("/var/lib/kubelet"), Vec::<&str>::new());
+    assert_eq!(lines("/var/snap/kubelet").len(), 3, "the volume, its mount, the shim's setting: {rendered}");
+}
+
+#[test]
+fn tokens_come_in_secrets_where_the_csi_driver_says_so() {
+    let Some(cluster) = alone() else { return };
+    cluster.wait_whole_driver();
+    let tenant = cluster.tenant("in-secrets");
+    tenant.put("app", &json!({"password": "value-of-a-test"}));
+    tenant.class("app", &[("password", "app", "password")], &json!({}));
+    let says = || {
+        let driver = cluster.find("apis/storage.k8s.io/v1/csidrivers/fuse-secrets").unwrap();
+        driver["spec"]["serviceAccountTokenInSecrets"].as_bool()
+    };
+    cluster.install_with(&settings(), &["tokens-in-secrets"]);
+    assert_eq!(says(), Some(true));
+    tenant.run(&tenant.reader("reads", "app"));
+    assert_eq!(tenant.sh("reads", "cat /mnt/secrets/password"), "value-of-a-test");
+    cluster.install_with(&settings(), &[]);
+    assert_ne!(says(), Some(true));
 }
 
 #[test]

@@ -20,7 +20,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use fuse_tests::cluster::{Cluster, PATIENCE, Tenant};
-use fuse_tests::report::{Error, Limit, Report, Row, Series};
+use fuse_tests::report::{self, Error, Report, Row, Series};
 use fuse_tests::{needs, wait};
 use serde_json::{Value, json};
 
@@ -67,23 +67,7 @@ const LABEL: &str = "bench";
 const TOLD: &str = "none: it is told";
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let done = match arguments.as_slice() {
-        ["--quick", only @ .., to] => bench(&QUICK, only, Path::new(to)),
-        [only @ .., to] => bench(&FULL, only, Path::new(to)),
-        [] => Err(
-            "usage: bench-cluster [--quick] [SECTION...] DIR_OF_RESULTS (call it by `cargo xtask bench cluster`)"
-                .into(),
-        ),
-    };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("bench cluster: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    report::main("cluster", [&FULL, &QUICK], bench)
 }
 
 /// Measures these sections; none means all.
@@ -155,15 +139,4 @@ fn pods(tenant: &Tenant<'_>, cluster: &Cluster, name: &str) -> Vec<Value> {
 fn told(name: &str, nanoseconds: f64, series: Vec<Series>) -> Row {
     let found = format!("{:.0} ms", nanoseconds / 1e6);
     Row { name: name.to_owned(), promised: TOLD, found, limit: None, series }
-}
-
-/// A row of a number that may be so large.
-fn counted(name: &str, promised: &'static str, found: u64, most: u64) -> Row {
-    Row {
-        name: name.to_owned(),
-        promised,
-        found: found.to_string(),
-        limit: Some(Limit { found: found as f64, most: most as f64 }),
-        series: Vec::new(),
-    }
 }

@@ -12,7 +12,7 @@ use fuse_tests::report::{Error, Row, Section, Series};
 use fuse_tests::wait;
 use serde_json::{Value, json};
 
-use crate::{Plan, TOLD, counted, deploy, remove, told};
+use crate::{Plan, TOLD, deploy, remove, told};
 
 /// What the pods' file holds.
 const VALUE: &str = "correct horse battery staple";
@@ -25,7 +25,7 @@ pub(crate) fn measure(plan: &Plan, cluster: &Cluster) -> Result<Section, Error> 
     let mut rows = vec![pairs(plan, cluster)?];
     rows.extend(at_once(plan, cluster)?);
     let mounts = plan.pairs + 1 + plan.bursts * plan.many;
-    rows.extend(requests(cluster, mark, mounts));
+    rows.extend(requests(cluster, mark, mounts)?);
     Ok(rows)
 }
 
@@ -118,14 +118,18 @@ fn at_once(plan: &Plan, cluster: &Cluster) -> Result<Vec<Row>, Error> {
             found,
             vec![with, without],
         ),
-        counted(&format!("logins for a deployment of {many}"), "1", logins, 1),
-        counted("reads at the store for it, per path", "1", reads, 1),
+        Row::counted(&format!("logins for a deployment of {many}"), "1", logins, 1),
+        Row::counted("reads at the store for it, per path", "1", reads, 1),
     ])
 }
 
 /// What shim and agent have asked the API server for.
-fn requests(cluster: &Cluster, mark: Mark, mounts: usize) -> Vec<Row> {
+fn requests(cluster: &Cluster, mark: Mark, mounts: usize) -> Result<Vec<Row>, Error> {
     let users = Part::ALL.map(Part::user);
+    // Else nothing would be counted of it.
+    if !cluster.requests_since(Mark::default()).iter().any(|request| request.user == Part::Agent.user()) {
+        return Err("the agent is not in the audit log".into());
+    }
     let (mut writes, mut reads, mut watches, mut keys) = (0, 0, 0, 0);
     for ((user, verb, resource), count) in cluster.counts_since(mark) {
         if !users.contains(&user) {
@@ -141,13 +145,18 @@ fn requests(cluster: &Cluster, mark: Mark, mounts: usize) -> Vec<Row> {
         }
     }
     let mut rest =
-        counted("watches begun meanwhile, issuer's keys asked for (both by the clock)", TOLD, 0, 0);
+        Row::counted("watches begun meanwhile, issuer's keys asked for (both by the clock)", TOLD, 0, 0);
     (rest.found, rest.limit) = (format!("{watches}, {keys}"), None);
-    vec![
-        counted(&format!("API requests that write, of agent and shim, for {mounts} mounts"), "0", writes, 0),
-        counted("API requests that read, beyond watches", "0", reads, 0),
+    Ok(vec![
+        Row::counted(
+            &format!("API requests that write, of agent and shim, for {mounts} mounts"),
+            "0",
+            writes,
+            0,
+        ),
+        Row::counted("API requests that read, beyond watches", "0", reads, 0),
         rest,
-    ]
+    ])
 }
 
 /// When a pod's container printed its first line, and whether it is the right one.

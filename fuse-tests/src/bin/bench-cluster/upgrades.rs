@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 use fuse_tests::cluster::driver::Part;
 use fuse_tests::cluster::stamped::STAMPED;
 use fuse_tests::cluster::{Cluster, PATIENCE, Tenant};
-use fuse_tests::report::{Error, Section, Series};
+use fuse_tests::report::{Error, Row, Section, Series};
 use fuse_tests::{stamp, wait};
 use serde_json::json;
 
-use crate::{Plan, counted, deploy, remove, told};
+use crate::{Plan, deploy, remove, told};
 
 /// The deployment.
 const NAME: &str = "readers";
@@ -63,7 +63,7 @@ pub(crate) fn measure(plan: &Plan, cluster: &Cluster) -> Result<Section, Error> 
     let longest = same.longest().max(other.longest());
     let many = pods.len();
     Ok(vec![
-        counted(
+        Row::counted(
             &format!("failed of {reads} reads in {many} pods, agent upgraded {} times", 2 * plan.rounds),
             "0",
             failed,

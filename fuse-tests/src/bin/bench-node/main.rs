@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use fuse_tests::needs;
 use fuse_tests::node::{Node, Volume};
-use fuse_tests::report::{Error, Limit, Report, Row, Series};
+use fuse_tests::report::{self, Error, Limit, Report, Row, Series};
 use serde_json::json;
 
 /// How long and how often.
@@ -54,28 +54,14 @@ const THREE: [&str; 3] = ["database/password", "api-key", "tls.key"];
 const VALUE: &str = "correct horse battery staple";
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let done = match arguments.as_slice() {
-        _ if !needs::kernel() => Err("cannot be measured on this machine".into()),
-        ["--quick", only @ .., to] => bench(&QUICK, only, Path::new(to)),
-        [only @ .., to] => bench(&FULL, only, Path::new(to)),
-        [] => Err(
-            "usage: bench-node [--quick] [SECTION...] DIR_OF_RESULTS (call it by `cargo xtask bench node`)"
-                .into(),
-        ),
-    };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("bench node: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    report::main("node", [&FULL, &QUICK], bench)
 }
 
 /// Measures these sections; none means all.
 fn bench(plan: &Plan, only: &[&str], to: &Path) -> Result<(), Error> {
+    if !needs::kernel() {
+        return Err("cannot be measured on this machine".into());
+    }
     let mut report = Report::new("node", plan.kills);
     let wanted = |section: &str| only.is_empty() || only.contains(&section);
     if wanted("publish") {
@@ -147,16 +133,5 @@ fn timed(name: &str, promised: &'static str, found: f64, most: Duration, series:
         found: format!("{:.2} ms", found / 1e6),
         limit: Some(Limit { found: found / 1e9 / most.as_secs_f64(), most: 1.0 }),
         series,
-    }
-}
-
-/// A row of a number that may be so large.
-fn counted(name: &str, promised: &'static str, found: u64, most: u64) -> Row {
-    Row {
-        name: name.to_owned(),
-        promised,
-        found: found.to_string(),
-        limit: Some(Limit { found: found as f64, most: most as f64 }),
-        series: Vec::new(),
     }
 }

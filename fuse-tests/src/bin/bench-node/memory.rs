@@ -9,7 +9,7 @@ use fuse_tests::report::{Error, Limit, Row, Section};
 use fuse_tests::usage::{Usage, cpu, usage};
 use fuse_tests::wait::pause;
 
-use crate::{BUSY, Plan, counted, fill, node};
+use crate::{BUSY, Plan, fill, node};
 
 /// Volumes of a node with many small pods.
 const MANY: usize = 500;
@@ -47,7 +47,7 @@ pub(crate) fn measure(plan: &Plan) -> Result<Section, Error> {
         }
     }
     if !room.is_empty() {
-        rows.push(counted(&format!("volumes that did not fit ({room})"), "0", 1, 0));
+        rows.push(Row::counted(&format!("volumes that did not fit ({room})"), "0", 1, 0));
     }
     rows.push(idle(plan, &mut node, volumes.len())?);
     empty(&node, &volumes)?;

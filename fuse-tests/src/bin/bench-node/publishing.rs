@@ -14,7 +14,7 @@ use fuse_tests::node::{Node, Volume};
 use fuse_tests::report::{Error, Row, Section, Series};
 use rustix::mount::{MountFlags, mount};
 
-use crate::{Plan, THREE, VALUE, counted, first, node, read, three, timed};
+use crate::{Plan, THREE, VALUE, first, node, read, three, timed};
 
 /// Callers at once.
 const BURST: usize = 100;
@@ -100,8 +100,8 @@ fn at_once(plan: &Plan) -> Result<Vec<Row>, Error> {
             most,
             vec![published],
         ),
-        counted("logins for these, on a node that knows nothing", "1", logins, 1),
-        counted("reads at the store for these, per path", "1", reads, 1),
+        Row::counted("logins for these, on a node that knows nothing", "1", logins, 1),
+        Row::counted("reads at the store for these, per path", "1", reads, 1),
         timed("100 volumes unpublished at once", "<= 100 ms, each time", last, unmount, vec![unpublished]),
     ])
 }
@@ -125,7 +125,7 @@ fn calls(plan: &Plan) -> Result<Vec<Row>, Error> {
             }
         }
     }
-    let mut row = counted(&format!("errors in {made} calls, published paths known"), "0", errors, 0);
+    let mut row = Row::counted(&format!("errors in {made} calls, published paths known"), "0", errors, 0);
     row.series = vec![published, unpublished];
     Ok(vec![row])
 }

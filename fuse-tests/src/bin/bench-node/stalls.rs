@@ -14,7 +14,7 @@ use fuse_tests::report::{Error, Row, Section, Series};
 use fuse_tests::wait::{SOON, pause, until, until_true};
 use rustix::process::Signal;
 
-use crate::{BUSY, Plan, THREE, counted, fill, first, node, timed};
+use crate::{BUSY, Plan, THREE, fill, first, node, timed};
 
 const READERS: usize = 8;
 const PACE: Duration = Duration::from_millis(1);
@@ -29,7 +29,7 @@ pub(crate) fn measure(plan: &Plan) -> Result<Section, Error> {
     let mut rows = kills(plan, &node, &volumes, &watch)?;
     rows.extend(hand_overs(plan, &mut node, &watch)?);
     let failed = watch.finish()?;
-    rows.push(counted("reads that failed or were wrong during all of these", "0", failed, 0));
+    rows.push(Row::counted("reads that failed or were wrong during all of these", "0", failed, 0));
     Ok(rows)
 }
 
