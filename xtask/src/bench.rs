@@ -60,10 +60,10 @@ enum Which {
 /// The command.
 pub(crate) fn run(args: &Args) -> Result<ExitCode, Error> {
     match &args.which {
-        Which::Read { quick } => command::run(&mut bench("bench-read", *quick, &[])?)?,
-        Which::Node { quick, only } => command::run(&mut bench("bench-node", *quick, only)?)?,
+        Which::Read { quick } => command::run(&mut bench("bench-read", &[], *quick, &[])?)?,
+        Which::Node { quick, only } => command::run(&mut bench("bench-node", &[], *quick, only)?)?,
         Which::Cluster { quick, only } => {
-            let mut bench = bench("bench-cluster", *quick, only)?;
+            let mut bench = bench("bench-cluster", &["test-cluster"], *quick, only)?;
             cluster::provide(&mut bench)?;
             command::run(&mut bench)?;
         }
@@ -85,15 +85,22 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode, Error> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// A program of `fuse-tests` in the release profile, to be run.
-fn bench(program: &str, quick: bool, only: &[String]) -> Result<Command, Error> {
-    let mut bench = Command::new(built(&["--release"])?.join("release").join(program));
+/// A program of `fuse-tests` in the release profile, to be run; with these others beside it, none means all.
+fn bench(program: &str, others: &[&str], quick: bool, only: &[String]) -> Result<Command, Error> {
+    let programs = if others.is_empty() { Vec::new() } else { [&[program], others].concat() };
+    let mut bench = Command::new(built(&["--release"], &programs)?.join("release").join(program));
     bench.args(quick.then_some("--quick")).args(only).arg(tools::target().join("bench"));
     Ok(bench)
 }
 
-/// Builds all programs; returns cargo's directory.
-pub(crate) fn built(profile: &[&str]) -> Result<PathBuf, Error> {
-    command::run(command::cargo().args(["build", "--workspace", "--bins"]).args(profile))?;
+/// Builds these programs, none means all; returns cargo's directory.
+pub(crate) fn built(profile: &[&str], programs: &[&str]) -> Result<PathBuf, Error> {
+    let mut cargo = command::cargo();
+    cargo.args(["build", "--workspace"]).args(profile);
+    programs.iter().for_each(|program| drop(cargo.args(["--bin", program])));
+    if programs.is_empty() {
+        cargo.arg("--bins");
+    }
+    command::run(&mut cargo)?;
     Ok(tools::target())
 }

@@ -59,7 +59,7 @@ fn up() -> Result<ExitCode, Error> {
         explain(&state);
         return Ok(ExitCode::SUCCESS);
     }
-    let program = built(&[])?.join("debug/test-cluster");
+    let program = built(&[], &["test-cluster"])?.join("debug/test-cluster");
     let log = state_file().with_extension("log");
     let mut command = Command::new(program);
     command.arg("stay").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(File::create(&log)?);

@@ -25,7 +25,7 @@ enum Which {
 /// The command.
 pub(crate) fn run(args: &Args) -> Result<ExitCode, Error> {
     let Which::Crash { seconds } = args.which;
-    let mut demo = Command::new(built(&[])?.join("debug/demo-crash"));
+    let mut demo = Command::new(built(&[], &[])?.join("debug/demo-crash"));
     command::run(demo.arg(seconds.to_string()))?;
     Ok(ExitCode::SUCCESS)
 }

@@ -66,6 +66,12 @@ impl Tenant<'_> {
     /// # Panics
     /// It is refused.
     pub fn class(&self, name: &str, files: &[(&str, &str, &str)], further: &Value) {
+        self.cluster.apply(&self.class_of(name, files, further));
+    }
+
+    /// The same, not yet written.
+    #[must_use]
+    pub fn class_of(&self, name: &str, files: &[(&str, &str, &str)], further: &Value) -> Value {
         let objects: Vec<Value> = files
             .iter()
             .map(|(file, secret, key)| {
@@ -76,11 +82,11 @@ impl Tenant<'_> {
         for (key, value) in further.as_object().into_iter().flatten() {
             parameters[key] = value.clone();
         }
-        self.cluster.apply(&json!({
+        json!({
             "apiVersion": "secrets-store.csi.x-k8s.io/v1", "kind": "SecretProviderClass",
             "metadata": {"name": name, "namespace": self.namespace},
             "spec": {"provider": "vault", "parameters": parameters},
-        }));
+        })
     }
 
     /// Whether there is such a SecretProviderClass.

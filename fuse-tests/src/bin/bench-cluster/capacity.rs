@@ -31,20 +31,19 @@ pub(crate) fn measure(plan: &Plan, cluster: &Cluster) -> Result<Section, Error> 
     Part::ALL.into_iter().for_each(|part| cluster.restart_driver(part));
     let tenant = cluster.tenant("capacity");
     let mut rows = Section::new();
-    let mut there = 0;
+    let mut pods: Vec<String> = Vec::new();
     for many in plan.capacity {
         let before = Part::ALL.map(|part| container(cluster, part));
-        while there < *many {
-            let names: Vec<String> =
-                (there..(there + AT_ONCE).min(*many)).map(|n| format!("pod-{n}")).collect();
-            for name in &names {
-                create(&tenant, name);
-            }
+        while pods.len() < *many {
+            let names: Vec<String> = (pods.len()..*many).take(AT_ONCE).map(|n| format!("pod-{n}")).collect();
+            let classes: Vec<Value> = names.iter().map(|name| class(&tenant, name)).collect();
+            cluster.apply(&json!({"apiVersion": "v1", "kind": "List", "items": classes}));
+            names.iter().for_each(|name| tenant.create(&pod(&tenant, name)));
             for name in &names {
                 cluster.wait_ready(&tenant.namespace, name);
                 read(cluster, &tenant, name)?;
             }
-            there += names.len();
+            pods.extend(names);
         }
         let filled = Part::ALL.map(|part| container(cluster, part));
         wait::pause(SETTLED);
@@ -54,21 +53,30 @@ pub(crate) fn measure(plan: &Plan, cluster: &Cluster) -> Result<Section, Error> 
         }
         rows.extend(idle(plan, cluster, &tenant, *many));
     }
-    drop(tenant);
+    // A namespace with so many pods takes longer to go than anybody waits for one.
+    for names in pods.chunks(AT_ONCE) {
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let delete = ["delete", "pod", "--wait=false", "--namespace", &tenant.namespace];
+        cluster.kubectl(&[&delete[..], &names].concat());
+        names.iter().for_each(|name| cluster.wait_gone(&tenant.namespace, name));
+    }
     Ok(rows)
 }
 
-/// A pod with a class of its own.
-fn create(tenant: &Tenant<'_>, name: &str) {
-    let secret = |file: &str| format!("{name}-{file}");
-    THREE.iter().for_each(|file| tenant.put(&secret(file), &json!({"value": VALUE})));
-    let secrets = THREE.map(secret);
+/// A class of three secrets of its own.
+fn class(tenant: &Tenant<'_>, name: &str) -> Value {
+    let secrets = THREE.map(|file| format!("{name}-{file}"));
+    secrets.iter().for_each(|secret| tenant.put(secret, &json!({"value": VALUE})));
     let files: Vec<_> =
         THREE.iter().zip(&secrets).map(|(file, secret)| (*file, secret.as_str(), "value")).collect();
-    tenant.class(name, &files, &json!({"refreshInterval": "1m"}));
+    tenant.class_of(name, &files, &json!({"refreshInterval": "1m"}))
+}
+
+/// A pod with a volume of the class of its name.
+fn pod(tenant: &Tenant<'_>, name: &str) -> Value {
     let mut pod = tenant.reader(name, name);
     pod["spec"]["hostNetwork"] = json!(true);
-    tenant.create(&pod);
+    pod
 }
 
 fn read(cluster: &Cluster, tenant: &Tenant<'_>, name: &str) -> Result<(), Error> {
