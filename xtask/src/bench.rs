@@ -97,7 +97,7 @@ fn bench(program: &str, others: &[&str], quick: bool, only: &[String]) -> Result
 pub(crate) fn built(profile: &[&str], programs: &[&str]) -> Result<PathBuf, Error> {
     let mut cargo = command::cargo();
     cargo.args(["build", "--workspace"]).args(profile);
-    programs.iter().for_each(|program| drop(cargo.args(["--bin", program])));
+    cargo.args(programs.iter().flat_map(|program| ["--bin", program]));
     if programs.is_empty() {
         cargo.arg("--bins");
     }
