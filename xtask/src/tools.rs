@@ -33,9 +33,20 @@ pub(crate) fn cargo_deny() -> Result<PathBuf, Error> {
     let directory = directory("cargo-deny", CARGO_DENY);
     let binary = directory.join("bin/cargo-deny");
     if !binary.exists() {
-        println!("building cargo-deny {CARGO_DENY} once, about 3 minutes");
+        println!("building cargo-deny {CARGO_DENY} once, a minute or two");
         let mut install = command::cargo();
-        install.args(["install", "--quiet", "--locked", "--version", CARGO_DENY, "--root"]);
+        // It runs for seconds: optimising it would take longer than it ever saves.
+        install.args([
+            "install",
+            "--quiet",
+            "--locked",
+            "--profile",
+            "dev",
+            "--version",
+            CARGO_DENY,
+            "--root",
+        ]);
+        install.env("CARGO_PROFILE_DEV_DEBUG", "false");
         command::run(install.arg(&directory).arg("cargo-deny"))?;
     }
     Ok(binary)
