@@ -1,10 +1,12 @@
 //! `kubectl` for tests without an API server: a directory for `PATH` in which `kubectl` is the stand-in `test-kubectl`, and who
 //! answers its calls.
 
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Output};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -77,6 +79,8 @@ impl Call {
 pub struct Kubectl {
     directory: TempDir,
     calls: Arc<Mutex<Vec<Call>>>,
+    ends: Arc<AtomicBool>,
+    listening: Option<JoinHandle<()>>,
 }
 
 impl Kubectl {
@@ -94,9 +98,14 @@ impl Kubectl {
         let listener = UnixListener::bind(directory.path().join("socket")).unwrap();
         let (calls, answer) = (Arc::new(Mutex::new(Vec::new())), Arc::new(answer));
         let heard = Arc::clone(&calls);
-        // Ends with the test's process; each call has a thread, since they come at once.
-        std::thread::spawn(move || {
+        let ends = Arc::new(AtomicBool::new(false));
+        let ended = Arc::clone(&ends);
+        // Each call has a thread, since they come at once.
+        let listening = std::thread::spawn(move || {
             for mut stream in listener.incoming().map_while(Result::ok) {
+                if ended.load(Ordering::Relaxed) {
+                    return;
+                }
                 let (answer, heard) = (Arc::clone(&answer), Arc::clone(&heard));
                 std::thread::spawn(move || {
                     let call: Call = serde_json::from_reader(&stream).unwrap();
@@ -104,15 +113,18 @@ impl Kubectl {
                     match answer(&call) {
                         // Nobody reads it where the call was given up.
                         Some(answer) => drop(serde_json::to_writer(&mut stream, &answer)),
-                        // Held open for as long as the test runs.
-                        None => loop {
-                            std::thread::park();
-                        },
+                        // Held open for as long as the test runs, but nothing of the test's own.
+                        None => {
+                            drop(answer);
+                            loop {
+                                std::thread::park();
+                            }
+                        }
                     }
                 });
             }
         });
-        Self { directory, calls }
+        Self { directory, calls, ends, listening: Some(listening) }
     }
 
     /// A program that finds this `kubectl`.
@@ -131,5 +143,17 @@ impl Kubectl {
     #[must_use]
     pub fn calls(&self) -> Vec<Call> {
         self.calls.lock().unwrap().clone()
+    }
+}
+
+impl Drop for Kubectl {
+    /// With it goes what its answers are made of, such as a whole node.
+    fn drop(&mut self) {
+        self.ends.store(true, Ordering::Relaxed);
+        if UnixStream::connect(self.directory.path().join("socket")).is_ok()
+            && let Some(listening) = self.listening.take()
+        {
+            let _ = listening.join();
+        }
     }
 }
