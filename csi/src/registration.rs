@@ -57,9 +57,9 @@ impl Plugin {
     pub async fn register(self, directory: &Path) -> io::Result<Infallible> {
         let path = directory.join(format!("reg@{}.sock", self.driver));
         let services = Routes::new(RegistrationServer::new(self));
-        let left = Left(&path);
+        let _left = Left(&path);
         loop {
-            let listener = rpc::listen(left.0)?;
+            let listener = rpc::listen(&path)?;
             tracing::info!(socket = %path.display(), "waiting for kubelet");
             tokio::select! {
                 served = rpc::serve(listener, services.clone(), std::future::pending()) => {

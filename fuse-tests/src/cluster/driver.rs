@@ -146,6 +146,16 @@ impl Cluster {
         self.wait_driver(part);
     }
 
+    /// `kubectl rollout VERB` of its DaemonSet; returns when the pod of the present template is ready.
+    ///
+    /// # Panics
+    /// It is not in time.
+    pub fn rollout(&self, verb: &str, part: Part) {
+        let name = format!("daemonset/{}", part.name());
+        self.kubectl(&["rollout", verb, &name, "--namespace", part.namespace()]);
+        self.wait_daemon(part.namespace(), part.name());
+    }
+
     /// Takes it from the node: its DaemonSet stays, and wants another node.
     ///
     /// # Panics

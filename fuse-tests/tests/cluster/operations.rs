@@ -38,12 +38,6 @@ fn settings_of(cluster: &Cluster) -> String {
     name.to_owned()
 }
 
-fn undo(cluster: &Cluster) {
-    let name = format!("daemonset/{}", Part::Agent.name());
-    cluster.kubectl(&["rollout", "undo", &name, "--namespace", Part::Agent.namespace()]);
-    cluster.wait_daemon(Part::Agent.namespace(), Part::Agent.name());
-}
-
 #[test]
 fn an_upgrade_of_the_agent_is_rolled_back_and_no_read_fails() {
     let Some(cluster) = cluster() else { return };
@@ -54,7 +48,7 @@ fn an_upgrade_of_the_agent_is_rolled_back_and_no_read_fails() {
     cluster.install_with(&changed, &[]);
     assert_ne!(settings_of(&cluster), former);
     stage.rotate(2);
-    undo(&cluster);
+    cluster.rollout("undo", Part::Agent);
     assert_eq!(settings_of(&cluster), former, "its ConfigMap is still there");
     stage.rotate(3);
     stage.another();
@@ -68,7 +62,8 @@ fn an_agent_that_never_gets_ready_stops_the_rollout_and_the_former_one_serves() 
     let stage = Stage::new(&cluster, "never", PODS);
     let (former, readers) = (cluster.wait_driver(Part::Agent), stage.readers());
     let name = format!("daemonset/{}", Part::Agent.name());
-    let image = format!("{}=localhost/fuse-secrets-csi:0.1.0", Part::Agent.container());
+    let image =
+        format!("{}=localhost/fuse-secrets-csi:{}", Part::Agent.container(), env!("CARGO_PKG_VERSION"));
     // An image that exists and is no agent.
     cluster.kubectl(&["set", "image", &name, &image, "--namespace", Part::Agent.namespace()]);
     let restarts = |pod: &Value| pod["status"]["containerStatuses"][0]["restartCount"].as_u64();
@@ -82,7 +77,7 @@ fn an_agent_that_never_gets_ready_stops_the_rollout_and_the_former_one_serves() 
     assert!(kept["metadata"]["deletionTimestamp"].is_null() && api::condition(kept, "Ready"));
     stage.rotate(2);
     stage.another();
-    undo(&cluster);
+    cluster.rollout("undo", Part::Agent);
     assert_eq!(cluster.wait_driver(Part::Agent), former, "it was never replaced");
     readers.go_on();
     assert_unharmed(&readers.report("an agent that never gets ready"));
@@ -175,7 +170,9 @@ fn an_uninstall_is_refused_while_a_pod_has_a_volume_and_then_leaves_nothing() {
     assert!(stage.tenant.has_class(STAMPED));
     // Whoever comes too late is told by kubelet, and starts when there is a driver again.
     stage.tenant.create(&stage.tenant.reader("late", STAMPED));
-    stage.tenant.wait_event("late", "fuse-secrets");
+    stage
+        .tenant
+        .wait_event("late", "driver name fuse-secrets not found in the list of registered CSI drivers");
     cluster.install_with(&settings(), &[]);
     cluster.wait_ready(&stage.tenant.namespace, "late");
     stage.another();

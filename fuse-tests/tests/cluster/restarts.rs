@@ -108,9 +108,7 @@ fn a_rolling_upgrade_of_the_agent_fails_no_read() {
     let Some(cluster) = cluster() else { return };
     let stage = Stage::new(&cluster, "upgrade", PODS);
     let (former, readers) = (cluster.wait_driver(Part::Agent), stage.readers());
-    let name = format!("daemonset/{}", Part::Agent.name());
-    cluster.kubectl(&["rollout", "restart", &name, "--namespace", Part::Agent.namespace()]);
-    cluster.wait_daemon(Part::Agent.namespace(), Part::Agent.name());
+    cluster.rollout("restart", Part::Agent);
     assert_ne!(cluster.wait_driver(Part::Agent), former);
     readers.go_on();
     stage.rotate(2);

@@ -44,9 +44,7 @@ pub(crate) fn measure(plan: &Plan, cluster: &Cluster) -> Result<Section, Error> 
             if kind.peer == "a changed setting" {
                 cluster.install_with(&json!({"publishDeadline": format!("{}s", 21 + round)}), &[]);
             } else {
-                let name = format!("daemonset/{}", Part::Agent.name());
-                cluster.kubectl(&["rollout", "restart", &name, "--namespace", Part::Agent.namespace()]);
-                cluster.wait_daemon(Part::Agent.namespace(), Part::Agent.name());
+                cluster.rollout("restart", Part::Agent);
             }
             if cluster.wait_driver(Part::Agent) == former {
                 return Err("the agent's pod is the former one".into());
